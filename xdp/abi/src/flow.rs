@@ -1,0 +1,200 @@
+//! The flow table: one record per connection, found from both directions.
+//!
+//! ```text
+//!  set (chosen by client address, client port, protocol)
+//!  ┌──────────────── 64 bytes ────────────────┬── 192 bytes ──┬─ ... ─┬── 192 bytes ──┐
+//!  │ tag 0 │ tag 1 │ ...              │ tag 15 │   record 0    │       │   record 15   │
+//!  └──────────────────────────────────────────┴───────────────┴───────┴───────────────┘
+//! ```
+//!
+//! A request carries the client as its source, a reply as its destination, so both choose the same
+//! set and read the same record: there is no second half that could be lost. A reply whose
+//! destination was rewritten (SNAT) finds its record through `sl_snat_v1`, indexed by the port.
+//! See docs/adr/0001-flow-table.md.
+
+use crate::{Addr, Be16, Mac};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
+
+/// Records per set.
+pub const FLOW_WAYS: usize = 16;
+
+/// Bits of [`FlowRecord::state`].
+pub mod flow_state {
+    /// A reply was seen: the record is not given away under pressure.
+    pub const REPLIED: u32 = 1 << 0;
+    /// The client sent FIN.
+    pub const FIN_FORWARD: u32 = 1 << 1;
+    /// The backend sent FIN.
+    pub const FIN_REPLY: u32 = 1 << 2;
+    /// Either side sent RST.
+    pub const RESET: u32 = 1 << 3;
+}
+
+/// Bits of [`FlowRecord::flags`].
+pub mod record_flags {
+    /// The source address and port are rewritten too (backend on another node).
+    pub const SNAT: u16 = 1 << 0;
+    /// The connection is IPv6.
+    pub const V6: u16 = 1 << 1;
+}
+
+/// What the last step with a packet is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, TryFromBytes, IntoBytes, Immutable)]
+#[repr(u8)]
+pub enum ExitKind {
+    /// Hand to the kernel (PASS, or TC_ACT_OK), already translated.
+    #[default]
+    Stack = 0,
+    /// Write `dst_mac`, `src_mac` and send out of interface `index`.
+    Frame = 1,
+    /// Encapsulate towards VTEP `index`.
+    Tunnel = 2,
+    /// Send by next hop `index`.
+    NextHop = 3,
+}
+
+/// Where packets of one direction of a flow leave. 20 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Exit {
+    /// Interface, VTEP or next hop, by `kind`.
+    pub index: u32,
+    /// An [`ExitKind`].
+    pub kind: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+    /// Destination MAC, for [`ExitKind::Frame`].
+    pub dst_mac: Mac,
+    /// Source MAC, for [`ExitKind::Frame`].
+    pub src_mac: Mac,
+}
+
+/// One connection, both directions. 192 bytes: three cache lines, of which a request touches two.
+///
+/// ```text
+///  request   client:client_port  → vip:vip_port           becomes  source:source_port → backend:backend_port
+///  reply     backend:backend_port → source:source_port    becomes  vip:vip_port       → client:client_port
+/// ```
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct FlowRecord {
+    /// Source of the request as the client sent it.
+    pub client: Addr,
+    /// Destination of the request as the client sent it.
+    pub vip: Addr,
+    /// The backend's address.
+    pub backend: Addr,
+    /// Source port as the client sent it.
+    pub client_port: Be16,
+    /// Destination port as the client sent it.
+    pub vip_port: Be16,
+    /// The backend's port.
+    pub backend_port: Be16,
+    /// Source port as the backend sees it.
+    pub source_port: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// [`record_flags`].
+    pub flags: u16,
+    /// What a request's translation adds to the one's complement sum of its transport checksum
+    /// (pseudo header and ports); a reply adds the complement. RFC 1624.
+    pub l4_delta: u16,
+    /// The same for the IPv4 header checksum (addresses only; the hop limit is replayed apart).
+    pub ip_delta: u16,
+
+    /// Epoch in which the record was decided.
+    pub epoch: u32,
+    /// Tunnel source that requests come from: VTEP index, 0 for none.
+    pub tunnel: u32,
+    /// Service id.
+    pub service: u32,
+    /// Backend id.
+    pub backend_id: u32,
+    /// Low 32 bits of jiffies when the last packet was seen, within [`crate::Timeouts::stamp`].
+    pub seen: u32,
+    /// [`flow_state`].
+    pub state: u32,
+    /// Where requests leave.
+    pub forward: Exit,
+    /// Where replies leave.
+    pub reply: Exit,
+
+    /// Source address as the backend sees it; equals `client` without SNAT.
+    pub source: Addr,
+    /// Low 32 bits of jiffies when the record was decided.
+    pub decided: u32,
+    /// Low 32 bits of jiffies when the connection began.
+    pub created: u32,
+    /// Index into `sl_snat_v1` plus one, 0 without SNAT.
+    pub snat: u32,
+    /// Zero; room for growth.
+    pub reserved2: [u32; 9],
+}
+
+/// Value of `sl_flow_v1`: sixteen connections. 3,136 bytes.
+///
+/// A tag is 0 for a free record, else 32 bits of the hash with the lowest bit set. A writer clears
+/// the tag, writes the record, then sets the tag; a reader compares the tag again after it has
+/// translated a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowSet {
+    /// One cache line of tags.
+    pub tags: [u32; FLOW_WAYS],
+    /// The records.
+    pub records: [FlowRecord; FLOW_WAYS],
+}
+
+impl Default for FlowSet {
+    fn default() -> Self {
+        Self {
+            tags: [0; FLOW_WAYS],
+            records: [FlowRecord::default(); FLOW_WAYS],
+        }
+    }
+}
+
+/// Value of `sl_snat_v1`: which record owns a SNAT port towards a group of backends. 8 bytes.
+///
+/// The index is `port * SNAT_SLOTS_PER_PORT + (hash of the backend) % SNAT_SLOTS_PER_PORT`.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(transparent)]
+pub struct SnatSlot(pub u64);
+
+impl SnatSlot {
+    /// Nobody's.
+    pub const FREE: Self = Self(0);
+    /// Taken by a decision that has not written its record yet.
+    pub const CLAIMED: Self = Self(u64::MAX);
+
+    /// Owned by the record `way` of set `set`.
+    #[inline(always)]
+    pub const fn owned(set: u32, way: u32) -> Self {
+        Self(((set as u64) << 8) | (way as u64) | (1 << 63))
+    }
+
+    /// Set and way of the owner, if there is one.
+    #[inline(always)]
+    pub const fn owner(self) -> Option<(u32, u32)> {
+        if self.0 == Self::FREE.0 || self.0 == Self::CLAIMED.0 {
+            None
+        } else {
+            Some(((self.0 >> 8) as u32, (self.0 & 0xf) as u32))
+        }
+    }
+}
+
+const _: () = {
+    assert!(size_of::<FlowRecord>() == 192);
+    assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
+    assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
+    assert!(core::mem::offset_of!(FlowRecord, source) == 128);
+};

@@ -1,0 +1,43 @@
+//! What the kernel programs and user space share, and nothing else.
+//!
+//! Every layout, map name, limit and reason stands here once. The crate holds no logic beyond the
+//! construction and the reading of its own types, allocates nothing and knows neither aya nor
+//! libbpf: a value crosses into the kernel as its bytes ([`zerocopy::IntoBytes`], whose derive
+//! refuses padding at compile time).
+//!
+//! ```text
+//!   control (compile) ──► frontends ─► maglev ─► backends ─► {pods, vteps ─► next hops}
+//!                                                     ▲ decide, once per flow
+//!   packet ──► flow table (one record per connection) ┘ replay, every later packet
+//! ```
+//!
+//! Byte order: addresses, ports and VNIs are in network byte order inside [`Addr`], [`Be16`] and
+//! [`Be32`]; every plain integer is in host order.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+mod addr;
+mod counters;
+mod flow;
+pub mod maps;
+mod reason;
+mod settings;
+mod tables;
+
+pub use addr::{Addr, Be16, Be32, Family, Mac};
+pub use counters::{BackendCounter, Hook, ReasonCounter, ServiceCounter};
+pub use flow::{
+    Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SnatSlot, flow_state, record_flags,
+};
+pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
+pub use settings::{MAX_TUNNELS, Seeds, Settings, Timeouts, settings_flags};
+pub use tables::{
+    Backend, Delivery, Extent, Frontend, FrontendKey, NextHop, Pod, PodNet, Route, Tunnel, Vtep,
+    VtepKey, frontend_flags,
+};
+
+/// IP protocol number of TCP (IANA protocol numbers).
+pub const IPPROTO_TCP: u8 = 6;
+/// IP protocol number of UDP (IANA protocol numbers).
+pub const IPPROTO_UDP: u8 = 17;

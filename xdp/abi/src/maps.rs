@@ -1,0 +1,87 @@
+//! Names and sizes of the maps. A name is at most 15 characters (BPF_OBJ_NAME_LEN, kernel
+//! include/uapi/linux/bpf.h) and carries the layout's version: the layout changes, the number
+//! changes, and an older agent's pin is never mistaken for ours.
+
+/// HASH [`crate::FrontendKey`] → [`crate::Frontend`]. Agent writes, programs read.
+pub const FRONTEND: &str = "sl_frontend_v1";
+/// ARRAY (mmapable) u32 → u32 backend id: consistent-hash extents. Agent writes, programs read.
+pub const MAGLEV: &str = "sl_maglev_v1";
+/// ARRAY u32 backend id → [`crate::Backend`]. Agent writes, programs read.
+pub const BACKEND: &str = "sl_backend_v1";
+/// HASH [`crate::Addr`] → [`crate::Pod`]: pods of this node. Agent writes, programs read.
+pub const POD: &str = "sl_pod_v1";
+/// ARRAY u32 → [`crate::Vtep`]. Agent writes, programs read.
+pub const VTEP: &str = "sl_vtep_v1";
+/// HASH [`crate::VtepKey`] → u32 index into [`VTEP`]. Agent writes, programs read.
+pub const VTEP_SOURCE: &str = "sl_vtepsrc_v1";
+/// ARRAY u32 → [`crate::Tunnel`]: own tunnel devices. Agent writes, programs read.
+pub const TUNNEL: &str = "sl_tunnel_v1";
+/// ARRAY u32 → [`crate::NextHop`]. Agent writes, programs read.
+pub const NEXTHOP: &str = "sl_nexthop_v1";
+/// ARRAY of one [`crate::Settings`]. Agent writes, programs read.
+pub const SETTINGS: &str = "sl_settings_v1";
+/// ARRAY (mmapable) u32 → [`crate::FlowSet`]. Programs write, the agent's sweep expires.
+pub const FLOW: &str = "sl_flow_v1";
+/// ARRAY of `bpf_spin_lock`, one per [`FLOW_LOCKS`] residue of the set index. Programs only.
+pub const FLOW_LOCK: &str = "sl_flowlock_v1";
+/// ARRAY (mmapable) u32 → [`crate::SnatSlot`]. Programs write, the agent's sweep frees.
+pub const SNAT: &str = "sl_snat_v1";
+/// PERCPU_ARRAY → [`crate::ReasonCounter`].
+pub const REASON: &str = "sl_reason_v1";
+/// PERCPU_ARRAY service id → [`crate::ServiceCounter`].
+pub const SERVICE_STAT: &str = "sl_svcstat_v1";
+/// PERCPU_ARRAY backend id → [`crate::BackendCounter`].
+pub const BACKEND_STAT: &str = "sl_bestat_v1";
+
+/// All maps, in the order in which user space creates and checks them.
+pub const ALL: [&str; 15] = [
+    SETTINGS,
+    FRONTEND,
+    MAGLEV,
+    BACKEND,
+    POD,
+    VTEP,
+    VTEP_SOURCE,
+    TUNNEL,
+    NEXTHOP,
+    FLOW,
+    FLOW_LOCK,
+    SNAT,
+    REASON,
+    SERVICE_STAT,
+    BACKEND_STAT,
+];
+
+/// Reason counters of one hook; room for growth, so that a new reason moves nothing.
+pub const REASON_SLOTS: u32 = 64;
+/// Spin locks for the flow sets. A power of two; set `s` is guarded by lock `s % FLOW_LOCKS`.
+pub const FLOW_LOCKS: u32 = 1024;
+
+/// Default `max_entries` of [`FRONTEND`].
+pub const DEFAULT_FRONTENDS: u32 = 65_536;
+/// Default `max_entries` of [`MAGLEV`], 4 bytes each.
+pub const DEFAULT_MAGLEV: u32 = 4_194_304;
+/// Default `max_entries` of [`BACKEND`] and [`BACKEND_STAT`]. Id 0 is never used.
+pub const DEFAULT_BACKENDS: u32 = 65_536;
+/// Default `max_entries` of [`SERVICE_STAT`]. Id 0 is never used.
+pub const DEFAULT_SERVICES: u32 = 16_384;
+/// Default `max_entries` of [`POD`].
+pub const DEFAULT_PODS: u32 = 1_024;
+/// Default `max_entries` of [`VTEP`]. Index 0 is never used.
+pub const DEFAULT_VTEPS: u32 = 8_192;
+/// Default `max_entries` of [`VTEP_SOURCE`]: a node may have several addresses.
+pub const DEFAULT_VTEP_SOURCES: u32 = 32_768;
+/// Default `max_entries` of [`NEXTHOP`]. Index 0 is never used.
+pub const DEFAULT_NEXTHOPS: u32 = 8_192;
+/// Default number of [`crate::FlowSet`]s: 131,072 connections in 25 MB. A power of two.
+pub const DEFAULT_FLOW_SETS: u32 = 8_192;
+
+/// Slots per SNAT port: one port serves so many connections whose backends hash differently.
+/// A power of two.
+pub const SNAT_SLOTS_PER_PORT: u32 = 16;
+/// First SNAT port by default: below the NodePorts (30000) and `ip_local_port_range` (32768).
+pub const DEFAULT_SNAT_FIRST_PORT: u16 = 16_384;
+/// Last SNAT port by default, inclusive.
+pub const DEFAULT_SNAT_LAST_PORT: u16 = 29_999;
+/// `max_entries` of [`SNAT`]: every port, so that the range can change without a new map.
+pub const SNAT_SLOTS: u32 = 65_536 * SNAT_SLOTS_PER_PORT;

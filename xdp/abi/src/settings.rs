@@ -1,0 +1,89 @@
+//! What the agent tells the programs, in one value that every packet reads.
+
+use crate::{Addr, Be16};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Own tunnel devices at most (size of the map `sl_tunnel_v1`).
+pub const MAX_TUNNELS: u32 = 8;
+
+/// Bits of [`Settings::flags`].
+pub mod settings_flags {
+    /// `sluice bypass on`: every program passes every packet untouched.
+    pub const BYPASS: u32 = 1 << 0;
+    /// Mode `replace`: no kube-proxy beside us. Clear: mode `accelerate`.
+    pub const REPLACE: u32 = 1 << 1;
+}
+
+/// Flow timeouts in jiffies (the kernel's tick; the agent measures its length).
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Timeouts {
+    /// TCP, no reply seen yet.
+    pub tcp_syn: u32,
+    /// TCP, replied.
+    pub tcp_established: u32,
+    /// TCP, a FIN in both directions or an RST seen.
+    pub tcp_closing: u32,
+    /// UDP, no reply seen yet.
+    pub udp_oneway: u32,
+    /// UDP, replied.
+    pub udp_replied: u32,
+    /// A record's time stamp is renewed when it is older than this: keeps the established path
+    /// from writing for every packet.
+    pub stamp: u32,
+    /// A record decided longer ago than this is decided anew, keeping its backend, so that a dead
+    /// agent does not mean stale next hops for ever.
+    pub redecide: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Secrets of the hashes.
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Seeds {
+    /// Chooses flow sets; random per boot, kept while the maps are pinned.
+    pub flow: u64,
+    /// Chooses backends; equal on every node of a cluster.
+    pub cluster: u64,
+}
+
+/// The one value of `sl_settings_v1` (ARRAY), 168 bytes. Agent writes, programs read.
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Settings {
+    /// [`settings_flags`].
+    pub flags: u32,
+    /// Bumped when an answer changed (route, VTEP, policy); older records are decided anew.
+    pub epoch: u32,
+    /// Hash secrets.
+    pub seeds: Seeds,
+    /// Flow timeouts.
+    pub timeouts: Timeouts,
+    /// UDP destination ports of VXLAN; unused places repeat the first.
+    pub vxlan_ports: [Be16; 2],
+    /// First SNAT port, host order.
+    pub snat_first_port: u16,
+    /// Last SNAT port, inclusive, host order.
+    pub snat_last_port: u16,
+    /// Mask of the flow set index: number of sets minus one.
+    pub flow_set_mask: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Own IPv4 address on plain routes: SNAT source towards backends outside the tunnels.
+    pub node_v4: Addr,
+    /// The same for IPv6.
+    pub node_v6: Addr,
+    /// TCP ports of this node that are never captured; unused places are zero.
+    pub fail_safe_tcp: [Be16; 8],
+    /// UDP ports of this node that are never captured; unused places are zero.
+    pub fail_safe_udp: [Be16; 8],
+    /// Zero; room for growth.
+    pub reserved2: [u64; 2],
+}

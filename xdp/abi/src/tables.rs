@@ -1,0 +1,255 @@
+//! The tables that the agent compiles from Kubernetes objects and netlink facts.
+
+use crate::{Addr, Be16, Be32, Mac};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
+
+/// Key of `sl_frontend_v1`: where a Service is reached. 20 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct FrontendKey {
+    /// ClusterIP, LoadBalancer IP, external IP, or a node address (NodePort).
+    pub addr: Addr,
+    /// Service port or node port.
+    pub port: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// A run of `sl_maglev_v1`. `size` is prime (Maglev, NSDI 2016, section 3.4), 1 for one backend,
+/// or 0 for none.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Extent {
+    /// Index of the first entry.
+    pub offset: u32,
+    /// Number of entries.
+    pub size: u32,
+}
+
+/// Bits of [`Frontend::flags`].
+pub mod frontend_flags {
+    /// The frontend is a ClusterIP.
+    pub const CLUSTER_IP: u32 = 1 << 0;
+    /// The frontend is a node address with a node port.
+    pub const NODE_PORT: u32 = 1 << 1;
+    /// The frontend is a LoadBalancer ingress IP.
+    pub const LOAD_BALANCER: u32 = 1 << 2;
+    /// The frontend is an external IP.
+    pub const EXTERNAL_IP: u32 = 1 << 3;
+    /// Policy Local applies to clients outside the cluster, and endpoints exist elsewhere: an
+    /// empty external extent drops instead of rejecting (kube-proxy's rule).
+    pub const EXTERNAL_LOCAL: u32 = 1 << 4;
+    /// The same for clients inside the cluster (internalTrafficPolicy).
+    pub const INTERNAL_LOCAL: u32 = 1 << 5;
+}
+
+/// Value of `sl_frontend_v1`, 40 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Frontend {
+    /// Service id: one per Service port, index of the Service's counters. Never 0.
+    pub service: u32,
+    /// [`frontend_flags`].
+    pub flags: u32,
+    /// Backends for clients outside the cluster.
+    pub external: Extent,
+    /// Backends for pods and nodes of the cluster.
+    pub internal: Extent,
+    /// Session affinity in seconds, 0 for none.
+    pub affinity_seconds: u32,
+    /// Zero; room for source ranges.
+    pub reserved: u32,
+    /// Zero; room for growth.
+    pub reserved2: u64,
+}
+
+/// How packets reach a backend or a pod.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, TryFromBytes, IntoBytes, Immutable)]
+#[repr(u16)]
+pub enum Route {
+    /// Unused entry.
+    #[default]
+    None = 0,
+    /// On this node: the kernel or the pod's veth. `index` is not used.
+    Local = 1,
+    /// Through a tunnel: `index` is a VTEP.
+    Tunnel = 2,
+    /// By a plain route: `index` is a next hop.
+    Plain = 3,
+}
+
+/// Value of `sl_backend_v1` (ARRAY, index = backend id, 0 unused), 32 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Backend {
+    /// Endpoint address.
+    pub addr: Addr,
+    /// Endpoint port.
+    pub port: Be16,
+    /// A [`Route`]; 0 for an unused entry.
+    pub route: u16,
+    /// VTEP or next hop index, by `route`.
+    pub index: u32,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+}
+
+/// How frames are delivered into a local pod.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, TryFromBytes, IntoBytes, Immutable)]
+#[repr(u16)]
+pub enum Delivery {
+    /// PASS: the kernel routes. Works with any CNI.
+    #[default]
+    Stack = 0,
+    /// XDP_REDIRECT to the host side of the pod's veth. Only where the pod's end receives
+    /// redirected frames (GRO on, or an XDP program).
+    Redirect = 1,
+}
+
+/// Value of `sl_pod_v1` (HASH, key = [`Addr`]): a pod of this node. 24 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Pod {
+    /// Host side interface.
+    pub ifindex: u32,
+    /// A [`Delivery`].
+    pub delivery: u16,
+    /// The pod's own MAC: destination of redirected frames.
+    pub pod_mac: Mac,
+    /// The host side's MAC: source of redirected frames.
+    pub host_mac: Mac,
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+/// A pod CIDR as a masked compare: `source & mask == net`. 32 bytes. A mask of zero in an unused
+/// place never matches, because `net` is then not zero ([`PodNet::NONE`]).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct PodNet {
+    /// Network address.
+    pub net: Addr,
+    /// Mask; IPv4 masks have the first 96 bits set.
+    pub mask: Addr,
+}
+
+impl PodNet {
+    /// Matches nothing.
+    pub const NONE: Self = Self {
+        net: Addr([0xff; 16]),
+        mask: Addr::NONE,
+    };
+
+    /// Whether `addr` is inside.
+    #[inline(always)]
+    pub const fn contains(&self, addr: Addr) -> bool {
+        let (a, n, m) = (addr.words64(), self.net.words64(), self.mask.words64());
+        (a[0] & m[0] == n[0]) & (a[1] & m[1] == n[1])
+    }
+}
+
+impl Default for PodNet {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+/// Value of `sl_vtep_v1` (ARRAY, index 0 unused): a tunnel end of another node. 192 bytes.
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Default,
+)]
+#[repr(C)]
+pub struct Vtep {
+    /// The peer's underlay address; [`Addr::NONE`] in an unused entry.
+    pub remote: Addr,
+    /// Our underlay address, outer source of encapsulated packets and the only outer destination
+    /// that is decapsulated.
+    pub local: Addr,
+    /// VNI as on the wire: 24 bits and a reserved byte (RFC 7348 section 5).
+    pub vni: Be32,
+    /// UDP destination port towards the peer.
+    pub port: Be16,
+    /// One's complement sum (as raw machine words, folded, not inverted) of the constant part of
+    /// the outer IPv4 header; unused for IPv6.
+    pub ip_sum: u16,
+    /// MAC of the peer's vxlan device: inner destination.
+    pub remote_mac: Mac,
+    /// MAC of our vxlan device: inner source.
+    pub local_mac: Mac,
+    /// Next hop towards `remote`.
+    pub nexthop: u32,
+    /// Index of the own tunnel that the VTEP belongs to.
+    pub tunnel: u32,
+    /// Pod CIDRs of the peer, either family.
+    pub pod_nets: [PodNet; 4],
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Key of `sl_vtepsrc_v1`: who may send into the tunnel. 20 bytes; value: u32 VTEP index.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct VtepKey {
+    /// Outer source address: any address of the peer node.
+    pub source: Addr,
+    /// VNI as on the wire, reserved byte zero.
+    pub vni: Be32,
+}
+
+/// Value of `sl_tunnel_v1` (ARRAY): one of our tunnel devices. 64 bytes; `vni` zero and `ifindex`
+/// zero in an unused entry.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Tunnel {
+    /// VNI as on the wire, reserved byte zero.
+    pub vni: Be32,
+    /// The kernel's vxlan device, 0 if there is none.
+    pub ifindex: u32,
+    /// Our address inside our own pod CIDR, IPv4: SNAT source of tunnelled requests.
+    pub addr_v4: Addr,
+    /// The same for IPv6.
+    pub addr_v6: Addr,
+    /// MAC of the kernel's vxlan device.
+    pub mac: Mac,
+    /// UDP destination port.
+    pub port: Be16,
+    /// Zero.
+    pub reserved: [u64; 2],
+}
+
+/// Value of `sl_nexthop_v1` (ARRAY, index 0 unused): where frames leave. 24 bytes. The agent keeps
+/// it current from the kernel's routes and neighbours.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct NextHop {
+    /// Exit interface, 0 while unresolved.
+    pub ifindex: u32,
+    /// MTU of the exit: largest IP packet in bytes.
+    pub mtu: u32,
+    /// The next hop's MAC.
+    pub dst_mac: Mac,
+    /// The exit interface's MAC.
+    pub src_mac: Mac,
+    /// Zero.
+    pub reserved: u32,
+}
