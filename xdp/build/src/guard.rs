@@ -48,6 +48,7 @@ fn findings(elf: &[u8]) -> object::Result<Vec<String>> {
                  libbpf refuses the object and the verifier the program. Use `get`, a mask, or a \
                  test before the operation"
             ));
+            continue;
         }
         if section.kind() != SectionKind::Text {
             continue;

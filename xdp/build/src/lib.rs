@@ -135,8 +135,16 @@ pub fn run(variants: &[Variant]) {
         match build(variant) {
             Ok(path) => println!("cargo::rustc-env={}={}", variant.env_name(), path.display()),
             Err(error) => {
-                for line in error.to_string().lines() {
-                    println!("cargo::error={line}");
+                let text = error.to_string();
+                match error {
+                    // A compiler's own words are read better without a prefix on each line.
+                    Error::Build { target, .. } => {
+                        println!("cargo::error=sluice-ebpf does not build for {target}, see below");
+                        eprintln!("{text}");
+                    }
+                    _ => text
+                        .lines()
+                        .for_each(|line| println!("cargo::error={line}")),
                 }
                 std::process::exit(1);
             }
