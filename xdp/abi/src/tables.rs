@@ -5,7 +5,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
 
 /// Key of `sl_frontend_v1`: where a Service is reached. 20 bytes.
 #[derive(
-    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Debug,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
 )]
 #[repr(C)]
 pub struct FrontendKey {
@@ -200,9 +212,53 @@ pub struct Vtep {
     pub reserved: u32,
 }
 
+impl Vtep {
+    /// Hop limit of outer headers: what the kernel's vxlan device sends by default.
+    pub const OUTER_HOP_LIMIT: u8 = 64;
+    /// Flags and fragment offset of outer IPv4 headers: DF. With the identification always zero a
+    /// datagram must not be fragmentable (RFC 6864 section 4.1, atomic datagrams).
+    pub const OUTER_FRAGMENT: Be16 = Be16::new(0x4000);
+
+    /// [`Vtep::ip_sum`] of an outer IPv4 header (RFC 791 section 3.1): version 4, a header of five words,
+    /// type of service 0, identification 0, [`Vtep::OUTER_FRAGMENT`], [`Vtep::OUTER_HOP_LIMIT`],
+    /// UDP, and both addresses. Missing are total length and what a sender adds to these words.
+    pub const fn outer_ip_sum(local: Addr, remote: Addr) -> u16 {
+        let (l, r) = (local.v4_bytes(), remote.v4_bytes());
+        let words = [
+            [0x45, 0],
+            Self::OUTER_FRAGMENT.raw().to_ne_bytes(),
+            [Self::OUTER_HOP_LIMIT, crate::IPPROTO_UDP],
+            [l[0], l[1]],
+            [l[2], l[3]],
+            [r[0], r[1]],
+            [r[2], r[3]],
+        ];
+        let mut sum = 0u32;
+        let mut i = 0;
+        while i < words.len() {
+            sum += u16::from_ne_bytes(words[i]) as u32;
+            i += 1;
+        }
+        sum = (sum & 0xffff) + (sum >> 16);
+        ((sum & 0xffff) + (sum >> 16)) as u16
+    }
+}
+
 /// Key of `sl_vtepsrc_v1`: who may send into the tunnel. 20 bytes; value: u32 VTEP index.
 #[derive(
-    Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Debug,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
 )]
 #[repr(C)]
 pub struct VtepKey {
@@ -212,7 +268,7 @@ pub struct VtepKey {
     pub vni: Be32,
 }
 
-/// Value of `sl_tunnel_v1` (ARRAY): one of our tunnel devices. 64 bytes; `vni` zero and `ifindex`
+/// Value of `sl_tunnel_v1` (ARRAY, index 0 unused): one of our tunnel devices. 64 bytes; `vni` zero and `ifindex`
 /// zero in an unused entry.
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Hash, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -231,8 +287,8 @@ pub struct Tunnel {
     pub mac: Mac,
     /// UDP destination port.
     pub port: Be16,
-    /// Zero.
-    pub reserved: [u64; 2],
+    /// Our underlay address: the outer destination of packets for this tunnel.
+    pub local: Addr,
 }
 
 /// Value of `sl_nexthop_v1` (ARRAY, index 0 unused): where frames leave. 24 bytes. The agent keeps
