@@ -1,0 +1,1 @@
+//! Which endpoints a Service port has.

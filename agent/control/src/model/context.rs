@@ -1,0 +1,187 @@
+//! Facts of this node, from netlink and from the configuration. The runtime fills them in; tests
+//! read them from a file.
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use sluice_abi::{Delivery, Mac};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::{ObjectName, mac_text};
+
+/// Whether another Service proxy works beside us.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// kube-proxy is there; what we do not know passes.
+    #[default]
+    Accelerate,
+    /// We are the proxy.
+    Replace,
+}
+
+/// A vxlan device of this node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TunnelFacts {
+    /// Name of the device, for messages.
+    pub name: String,
+    /// VNI, 24 bits.
+    pub vni: u32,
+    /// UDP destination port.
+    pub port: u16,
+    /// Interface index, 0 where there is no kernel device.
+    #[serde(default)]
+    pub ifindex: u32,
+    /// MAC of the device: inner source of what we send.
+    #[serde(with = "mac_text")]
+    pub mac: Mac,
+    /// Own underlay address: the only outer destination that is decapsulated.
+    pub underlay: IpAddr,
+    /// Own IPv4 address inside our own pod CIDR: SNAT source of tunnelled requests.
+    #[serde(default)]
+    pub inner_v4: Option<IpAddr>,
+    /// The same for IPv6.
+    #[serde(default)]
+    pub inner_v6: Option<IpAddr>,
+}
+
+/// A tunnel end of another node as the kernel knows it: routes (pod CIDR via gateway), neighbours
+/// (gateway to MAC) and FDB (MAC to underlay address) of one vxlan device, joined.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerFacts {
+    /// VNI of the device.
+    pub vni: u32,
+    /// Underlay address of the peer.
+    pub remote: IpAddr,
+    /// MAC of the peer's vxlan device.
+    #[serde(with = "mac_text")]
+    pub mac: Mac,
+    /// Pod CIDRs routed to it.
+    #[serde(default)]
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// How frames leave towards one destination address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+pub enum NextHopFacts {
+    /// Route and neighbour are known.
+    Resolved {
+        /// Exit interface.
+        ifindex: u32,
+        /// Largest IP packet in bytes.
+        mtu: u32,
+        /// MAC of the neighbour.
+        #[serde(with = "mac_text")]
+        dst_mac: Mac,
+        /// MAC of the exit interface.
+        #[serde(with = "mac_text")]
+        src_mac: Mac,
+    },
+    /// There is a route, but the neighbour has not answered yet: packets are dropped with a
+    /// counted reason until it does, so that a short silence does not reshuffle backends.
+    Unresolved {},
+}
+
+/// A pod of this node as netlink knows it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PodFacts {
+    /// Host side interface.
+    pub ifindex: u32,
+    /// Frames may be redirected to the host side (the pod's end was checked).
+    #[serde(default)]
+    pub redirect: bool,
+    /// The pod's own MAC.
+    #[serde(with = "mac_text")]
+    pub pod_mac: Mac,
+    /// The host side's MAC.
+    #[serde(with = "mac_text")]
+    pub host_mac: Mac,
+}
+
+impl PodFacts {
+    /// The method of delivery.
+    pub fn delivery(&self) -> Delivery {
+        if self.redirect {
+            Delivery::Redirect
+        } else {
+            Delivery::Stack
+        }
+    }
+}
+
+/// How consistent-hash tables are made. Equal on every node of a cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MaglevSettings {
+    /// Entries of one table at most.
+    pub max_size: u32,
+    /// Secret of the cluster.
+    pub cluster_seed: u64,
+}
+
+impl Default for MaglevSettings {
+    fn default() -> Self {
+        Self {
+            // Prime; 100 entries for each of 163 backends, 64 KiB.
+            max_size: 16_381,
+            cluster_seed: 0,
+        }
+    }
+}
+
+/// Ports of this cluster's nodes that are never captured.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FailSafe {
+    /// TCP ports.
+    pub tcp: BTreeSet<u16>,
+    /// UDP ports.
+    pub udp: BTreeSet<u16>,
+}
+
+impl Default for FailSafe {
+    /// SSH, API server, etcd, kubelet.
+    fn default() -> Self {
+        Self {
+            tcp: BTreeSet::from([22, 2379, 2380, 6443, 10250]),
+            udp: BTreeSet::new(),
+        }
+    }
+}
+
+/// Everything about this node that compiling needs.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeContext {
+    /// Our own Node's name.
+    pub node_name: Arc<str>,
+    /// Mode.
+    pub mode: Mode,
+    /// Own addresses of every kind except loopback.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Own addresses that answer node ports.
+    pub node_port_addresses: BTreeSet<IpAddr>,
+    /// Own pod CIDRs.
+    pub pod_cidrs: Vec<IpNet>,
+    /// Own vxlan devices.
+    pub tunnels: Vec<TunnelFacts>,
+    /// Tunnel ends of other nodes from the kernel; those from Node objects are added by compile.
+    pub peers: Vec<PeerFacts>,
+    /// How to reach the addresses of [`crate::wanted_next_hops`].
+    pub next_hops: BTreeMap<IpAddr, NextHopFacts>,
+    /// Pods of this node.
+    pub pods: BTreeMap<IpAddr, PodFacts>,
+    /// Addresses of the API server: never captured.
+    pub api_servers: BTreeSet<IpAddr>,
+    /// Consistent-hash tables.
+    pub maglev: MaglevSettings,
+    /// Ports that are never captured.
+    pub fail_safe: FailSafe,
+    /// Services that the configuration opts out.
+    pub opt_out: BTreeSet<ObjectName>,
+}
