@@ -1,0 +1,319 @@
+//! `sluice run` on a node: its configuration, start, readiness and JSON.
+//!
+//! The agent is a child process of whoever made the lab and is met only through its command line,
+//! as on a real node.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::plan::{NodePlan, UPLINK, VXLAN_DEVICE};
+use crate::preflight::is_bpffs;
+use crate::process::ProcessId;
+use crate::{Lab, LabContext, LabError, Mode, interrupt};
+
+/// How long an agent may take to program a lab's objects.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// What an agent shall do.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// How it attaches to the uplink.
+    pub mode: Mode,
+    /// Directory with its Kubernetes objects.
+    pub objects: PathBuf,
+    /// Further lines for its configuration file, as whole TOML tables.
+    pub extra_config: String,
+}
+
+/// A running agent.
+#[derive(Clone, Debug)]
+pub struct RunningAgent {
+    /// Its process.
+    pub process: ProcessId,
+    /// The node it works on.
+    pub node: String,
+    /// Its configuration file.
+    pub config: PathBuf,
+}
+
+/// What `sluice status --output json` says; fields that are not needed here are left out.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// Every source has been read and programmed, and the programs are attached.
+    #[serde(default)]
+    pub ready: bool,
+    /// The rest, for whoever wants it.
+    #[serde(flatten)]
+    pub rest: serde_json::Map<String, Value>,
+}
+
+impl Status {
+    /// The attach mode of an uplink, as the agent names it.
+    pub fn mode(&self, uplink: &str) -> Option<&str> {
+        match self.rest.get("mode")? {
+            Value::String(mode) => Some(mode),
+            modes => modes.get(uplink)?.as_str(),
+        }
+    }
+}
+
+/// What `sluice counters --output json` says.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Counters {
+    /// One entry per reason.
+    #[serde(default)]
+    pub reasons: Vec<ReasonCount>,
+    /// One entry per Service port.
+    #[serde(default)]
+    pub services: Vec<ServiceCount>,
+}
+
+/// Packets that ended with one reason, over all CPUs.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct ReasonCount {
+    /// The reason's snake-case name.
+    pub reason: String,
+    /// `pass`, `drop` or `forward`.
+    #[serde(default)]
+    pub verdict: String,
+    /// Packets.
+    #[serde(default)]
+    pub packets: u64,
+    /// Bytes.
+    #[serde(default)]
+    pub bytes: u64,
+}
+
+/// Packets of one Service port, over all CPUs.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct ServiceCount {
+    /// `namespace/name:port`.
+    pub service: String,
+    /// Packets from clients.
+    #[serde(default)]
+    pub packets_forward: u64,
+    /// Packets from endpoints.
+    #[serde(default)]
+    pub packets_reply: u64,
+}
+
+impl Lab {
+    /// Writes a node's configuration and starts `sluice run` there; does not wait for it.
+    ///
+    /// # Errors
+    /// There is no such node, or the executable cannot be started.
+    pub fn start_agent(
+        &mut self,
+        node: &str,
+        options: &AgentOptions,
+    ) -> Result<RunningAgent, LabError> {
+        let host = self.host(node)?;
+        let plan = self.plan().nodes.iter().find(|plan| plan.name == node);
+        let plan = plan.ok_or_else(|| LabError::NoHost {
+            lab: self.name().to_string(),
+            host: node.to_owned(),
+            known: "no such node".to_owned(),
+        })?;
+        let text = node_config(self, plan, options);
+        let run_dir = self.run_dir(node);
+        fs::create_dir_all(&run_dir)
+            .map_err(LabError::io(format!("create {}", run_dir.display())))?;
+        self.make_pin_dir(node)?;
+        let config = self.agent_config(node);
+        fs::write(&config, text).map_err(LabError::io(format!("write {}", config.display())))?;
+        let mut command = Command::new(&self.context().sluice);
+        command.arg("run").arg("--config").arg(&config);
+        let process = self.spawn(&host, "sluice run", &mut command)?;
+        Ok(RunningAgent {
+            process,
+            node: node.to_owned(),
+            config,
+        })
+    }
+
+    /// The configuration file of a node's agent.
+    pub fn agent_config(&self, node: &str) -> PathBuf {
+        self.dir().join(format!("{node}.toml"))
+    }
+
+    /// Makes [`Lab::pin_dir`] of a node, and mounts the BPF file system where none is.
+    ///
+    /// # Errors
+    /// No BPF file system can be mounted.
+    pub fn make_pin_dir(&self, node: &str) -> Result<PathBuf, LabError> {
+        mount_bpffs(self.context())?;
+        let pins = self.pin_dir(node);
+        let mut made = fs::create_dir_all(&pins);
+        // Another lab's end may remove the empty parent at any moment.
+        for _ in 0..5 {
+            if made
+                .as_ref()
+                .is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+            {
+                made = fs::create_dir_all(&pins);
+            }
+        }
+        made.map_err(LabError::io(format!("create {}", pins.display())))?;
+        Ok(pins)
+    }
+
+    fn run_dir(&self, node: &str) -> PathBuf {
+        self.dir().join(node)
+    }
+
+    /// Waits until the agent says that it is ready.
+    ///
+    /// # Errors
+    /// It ended, or was not ready in time; the message holds the end of its log.
+    pub fn wait_ready(&self, agent: &RunningAgent) -> Result<Status, LabError> {
+        let start = Instant::now();
+        loop {
+            interrupt::check()?;
+            if !agent.process.is_alive() {
+                return Err(self.agent_error(agent, "ended"));
+            }
+            // It answers with an error as long as it has written no status.
+            match self.agent_status(&agent.node) {
+                Ok(status) if status.ready => return Ok(status),
+                Ok(_) | Err(LabError::Command { .. } | LabError::Format { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            if start.elapsed() > READY_LIMIT {
+                let message = format!("was not ready after {} s", READY_LIMIT.as_secs());
+                return Err(self.agent_error(agent, &message));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn agent_error(&self, agent: &RunningAgent, message: &str) -> LabError {
+        let log = self.log_path(&agent.node, "sluice run");
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines
+            .get(lines.len().saturating_sub(15)..)
+            .unwrap_or_default()
+            .join("\n  ");
+        LabError::Process {
+            process: "sluice run".to_owned(),
+            host: agent.node.clone(),
+            message: format!("{message}; the end of its output:\n  {tail}"),
+            log,
+        }
+    }
+
+    /// Runs a `sluice` command on a node with that node's configuration and returns what it
+    /// printed.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn sluice(&self, node: &str, args: &[&str]) -> Result<String, LabError> {
+        let config = self.agent_config(node);
+        let program = self.context().sluice.to_string_lossy().into_owned();
+        let config = config.to_string_lossy();
+        let mut all = args.to_vec();
+        all.extend(["--config", &config]);
+        self.host(node)?.run(&program, &all)
+    }
+
+    /// `sluice status` of a node.
+    ///
+    /// # Errors
+    /// As [`Lab::sluice`], or the answer is not what this version reads.
+    pub fn agent_status(&self, node: &str) -> Result<Status, LabError> {
+        parse(
+            "sluice status",
+            &self.sluice(node, &["status", "--output", "json"])?,
+        )
+    }
+
+    /// `sluice counters` of a node.
+    ///
+    /// # Errors
+    /// As [`Lab::agent_status`].
+    pub fn agent_counters(&self, node: &str) -> Result<Counters, LabError> {
+        parse(
+            "sluice counters",
+            &self.sluice(node, &["counters", "--output", "json"])?,
+        )
+    }
+}
+
+impl Counters {
+    /// Packets that ended with a reason of that name.
+    pub fn reason(&self, name: &str) -> u64 {
+        self.reasons
+            .iter()
+            .filter(|r| r.reason == name)
+            .map(|r| r.packets)
+            .sum()
+    }
+
+    /// Packets of a Service port (`namespace/name:port`): from clients, from endpoints.
+    pub fn service(&self, name: &str) -> (u64, u64) {
+        self.services
+            .iter()
+            .filter(|s| s.service == name)
+            .fold((0, 0), |(forward, reply), s| {
+                (forward + s.packets_forward, reply + s.packets_reply)
+            })
+    }
+}
+
+fn parse<T: for<'de> Deserialize<'de>>(command: &str, text: &str) -> Result<T, LabError> {
+    serde_json::from_str(text).map_err(|e| LabError::Format {
+        path: PathBuf::from(format!("{command} --output json")),
+        message: e.to_string(),
+    })
+}
+
+/// The configuration of a node's agent. The lab has no kube-proxy, so the agent replaces it.
+fn node_config(lab: &Lab, node: &NodePlan, options: &AgentOptions) -> String {
+    format!(
+        "node_name = {name}\npin_dir = {pins}\nrun_dir = {run}\n\n\
+         [source]\nkind = \"file\"\npath = {objects}\n\n\
+         [datapath]\nuplinks = [\"{UPLINK}\"]\ntunnel_devices = [\"{VXLAN_DEVICE}\"]\n\
+         mode = \"{mode}\"\nbehaviour = \"replace\"\n\n{extra}",
+        name = quoted(Path::new(&node.name)),
+        pins = quoted(&lab.pin_dir(&node.name)),
+        run = quoted(&lab.run_dir(&node.name)),
+        objects = quoted(&options.objects),
+        mode = options.mode,
+        extra = options.extra_config,
+    )
+}
+
+/// A TOML string; Rust's notation of a printable text is a legal one.
+fn quoted(path: &Path) -> String {
+    format!("{:?}", path.to_string_lossy())
+}
+
+/// Mounts the BPF file system where none is. Under a lock: a second mount would hide the pins in
+/// the first.
+fn mount_bpffs(context: &LabContext) -> Result<(), LabError> {
+    let target = context.bpffs_mount();
+    if is_bpffs(target) {
+        return Ok(());
+    }
+    let what = || format!("mount a BPF file system at {}", target.display());
+    let lock = fs::File::open(target).map_err(LabError::io(what()))?;
+    lock.lock().map_err(LabError::io(what()))?;
+    if is_bpffs(target) {
+        return Ok(());
+    }
+    mount(
+        Some("bpf"),
+        target,
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .map_err(LabError::errno(what()))
+}

@@ -1,0 +1,356 @@
+//! `sluice lab ...`: arguments, and what each command prints.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use comfy_table::Table;
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+
+use crate::agent::AgentOptions;
+use crate::lab::summaries;
+use crate::serve::ServeArgs;
+use crate::{
+    Agent, Family, Lab, LabContext, LabError, LabName, LabSpec, Mode, RpFilter, clean, clean_stale,
+    interrupt, labs, preflight, serve,
+};
+
+/// A cluster of network namespaces on this machine: nodes, pods, a client, VXLAN between the nodes.
+///
+/// Needs root. Several labs at once do not disturb each other, and nothing outside their namespaces
+/// is touched.
+#[derive(Debug, Args)]
+pub struct LabArgs {
+    #[command(subcommand)]
+    command: LabCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum LabCommand {
+    /// Make a lab and leave it running.
+    Up(UpArgs),
+    /// Remove a lab and everything in it.
+    Down(DownArgs),
+    /// Open a shell (or run a command) on a host of a lab.
+    Shell(ShellArgs),
+    /// Show the labs of this machine.
+    List(ListArgs),
+    /// Serve HTTP and a UDP echo: what runs in a pod.
+    #[command(hide = true)]
+    Serve(ServeArgs),
+}
+
+#[derive(Debug, Args)]
+struct UpArgs {
+    /// Name of the lab: lower-case letters and digits. A short random one if not given.
+    #[arg(long)]
+    name: Option<LabName>,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// What works on node1 beside the kernel; the other nodes are always the kernel alone.
+    #[arg(long, value_enum, default_value = "auto")]
+    agent: AgentArg,
+    /// Directory with Kubernetes objects for the agent; the objects of `sluice lab demo` if not
+    /// given.
+    #[arg(long, value_name = "DIR")]
+    objects: Option<PathBuf>,
+    /// Stay in the foreground; the lab is removed when this command is ended.
+    #[arg(long)]
+    hold: bool,
+}
+
+/// What the network of a lab looks like.
+#[derive(Debug, Args)]
+struct ShapeArgs {
+    /// Number of nodes.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    nodes: usize,
+    /// Pods on each node.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pods: usize,
+    /// Family of the tunnel's outer header.
+    #[arg(long, value_enum, default_value = "v4")]
+    underlay: Family,
+    /// VXLAN network identifier.
+    #[arg(long, default_value_t = 1)]
+    vni: u32,
+    /// UDP port of the tunnel: 8472 as Flannel, 4789 as RFC 7348.
+    #[arg(long, default_value_t = 8472, value_name = "PORT")]
+    vxlan_port: u16,
+    /// Reverse path filter of the nodes: off, strict, loose.
+    #[arg(long, value_enum, default_value = "0")]
+    rp_filter: RpFilter,
+    /// MTU of the client's interface, bytes.
+    #[arg(long, default_value_t = 1450, value_name = "BYTES")]
+    client_mtu: u16,
+    /// Leave GRO off at the pods' interfaces: frames that XDP redirects into a pod are then lost.
+    #[arg(long)]
+    no_pod_gro: bool,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum AgentArg {
+    /// The kernel alone.
+    None,
+    /// `sluice run`, XDP in the driver.
+    Native,
+    /// `sluice run`, XDP on the kernel's packet buffer.
+    Generic,
+    /// `sluice run`, mode chosen by it.
+    Auto,
+}
+
+#[derive(Debug, Args)]
+struct DownArgs {
+    /// Which lab; the only one if not given.
+    #[arg(long)]
+    name: Option<LabName>,
+    /// All labs of this machine, whoever made them.
+    #[arg(long, conflicts_with = "name")]
+    all: bool,
+    /// Only labs whose maker died before they were finished.
+    #[arg(long, conflicts_with_all = ["name", "all"])]
+    stale: bool,
+}
+
+#[derive(Debug, Args)]
+struct ShellArgs {
+    /// The host: client, fabric, node1, a pod's name.
+    host: String,
+    /// Which lab; the only one if not given.
+    #[arg(long)]
+    name: Option<LabName>,
+    /// A command with its arguments in place of the shell.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// How to print.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// Does what the arguments say.
+///
+/// # Errors
+/// Anything that kept it from being done; the caller prints it.
+pub fn run(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    match &args.command {
+        LabCommand::Serve(args) => {
+            let what = format!("sluice lab serve for pod {}", args.pod);
+            serve::run(args).map_err(LabError::io(what))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        LabCommand::List(args) => list(args, context),
+        LabCommand::Shell(args) => shell(args, context),
+        LabCommand::Down(args) => down(args, context),
+        LabCommand::Up(args) => {
+            ready_machine(context)?;
+            up(args, context)
+        }
+    }
+}
+
+/// Takes signals and looks whether the machine can run a lab.
+fn ready_machine(context: &LabContext) -> Result<(), LabError> {
+    interrupt::install();
+    let findings = preflight::check(context);
+    if findings.is_empty() {
+        Ok(())
+    } else {
+        Err(LabError::Preflight(findings))
+    }
+}
+
+impl ShapeArgs {
+    fn spec(&self, name: Option<&LabName>) -> LabSpec {
+        LabSpec {
+            name: name.cloned(),
+            underlay: self.underlay,
+            vni: self.vni,
+            vxlan_port: self.vxlan_port,
+            rp_filter: self.rp_filter,
+            client_mtu: self.client_mtu,
+            pod_gro: !self.no_pod_gro,
+            ..LabSpec::kernel_only(self.nodes, self.pods)
+        }
+    }
+}
+
+fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    let mut spec = args.shape.spec(args.name.as_ref());
+    let mode = match args.agent {
+        AgentArg::None => None,
+        AgentArg::Native => Some(Mode::Native),
+        AgentArg::Generic => Some(Mode::Generic),
+        AgentArg::Auto => Some(Mode::Auto),
+    };
+    if let (Some(mode), Some(node)) = (mode, spec.nodes.first_mut()) {
+        node.agent = Agent::Sluice { mode };
+    }
+    let mut lab = Lab::up(context, &spec)?;
+    if let Some(mode) = mode {
+        let objects = args
+            .objects
+            .clone()
+            .unwrap_or_else(|| lab.dir().join("objects"));
+        let options = AgentOptions {
+            mode,
+            objects,
+            extra_config: String::new(),
+        };
+        let agent = lab.start_agent("node1", &options)?;
+        lab.wait_ready(&agent)?;
+    }
+    println!("lab {} is up", lab.name());
+    println!("{}", hosts_table(&lab));
+    println!(
+        "sluice lab shell --name {0} client     a shell on a host\n\
+         sluice lab down --name {0}             remove it",
+        lab.name()
+    );
+    if !args.hold {
+        lab.leave_running()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("Ctrl-C removes it");
+    while !interrupt::interrupted() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    lab.down()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn hosts_table(lab: &Lab) -> Table {
+    let plan = lab.plan();
+    let mut table = Table::new();
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_header(["host", "what", "IPv4", "IPv6"]);
+    let (v4, v6) = (
+        crate::plan::CLIENT_V4.to_string(),
+        crate::plan::CLIENT_V6.to_string(),
+    );
+    table.add_row(["client", "outside the cluster", &v4, &v6]);
+    for node in &plan.nodes {
+        let what = match node.agent {
+            Agent::None => "node, the kernel alone".to_owned(),
+            Agent::Sluice { mode } => format!("node with sluice, {mode}"),
+        };
+        let (v4, v6) = (node.address_v4.to_string(), node.address_v6.to_string());
+        table.add_row([&node.name, &what, &v4, &v6]);
+        for pod in &node.pods {
+            let what = format!("pod on {}", node.name);
+            table.add_row([&pod.name, &what, &pod.v4.to_string(), &pod.v6.to_string()]);
+        }
+    }
+    table
+}
+
+fn down(args: &DownArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    let names = if args.stale {
+        let removed = clean_stale(context)?;
+        println!(
+            "removed {} left-over lab(s) {}",
+            removed.len(),
+            removed.join(", ")
+        );
+        return Ok(ExitCode::SUCCESS);
+    } else if args.all {
+        labs(context)
+    } else if let Some(name) = &args.name {
+        // By its name alone: also what a crash left without a state file.
+        vec![name.to_string()]
+    } else {
+        match labs(context).as_slice() {
+            [] => return Err(LabError::NoLab("(any)".to_owned())),
+            [only] => vec![only.clone()],
+            several => return Err(LabError::Ambiguous(several.join(", "))),
+        }
+    };
+    let known = labs(context);
+    for name in names {
+        if !known.contains(&name) {
+            return Err(LabError::NoLab(name));
+        }
+        clean(context, &name.parse()?)?;
+        println!("lab {name} is removed");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn shell(args: &ShellArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    let lab = Lab::find(context, args.name.as_ref())?;
+    let host = lab.host(&args.host)?;
+    let (program, rest) = match args.command.split_first() {
+        Some((program, rest)) => (program.clone(), rest),
+        None => (shell_program(), &[][..]),
+    };
+    let mut command = Command::new(&program);
+    command
+        .args(rest)
+        .env("SLUICE_LAB", lab.name().as_str())
+        .env("SLUICE_LAB_HOST", &host.name);
+    if args.command.is_empty() {
+        // Shells that read it show where one is.
+        command.env("PS1", format!("[{} {}] \\w # ", lab.name(), host.name));
+        eprintln!(
+            "shell on {} of lab {}; `exit` leaves it",
+            host.name,
+            lab.name()
+        );
+    }
+    let mut child = host.netns.spawn(&mut command)?;
+    let status = child
+        .wait()
+        .map_err(LabError::io(format!("wait for {program}")))?;
+    Ok(ExitCode::from(
+        status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(1),
+    ))
+}
+
+fn shell_program() -> String {
+    std::env::var("SHELL").unwrap_or_else(|_| "/bin/sh".to_owned())
+}
+
+fn list(args: &ListArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    let summaries = summaries(context)?;
+    match args.output {
+        Output::Json => {
+            let text = serde_json::to_string_pretty(&summaries).map_err(|e| LabError::Format {
+                path: PathBuf::from("labs"),
+                message: e.to_string(),
+            })?;
+            println!("{text}");
+        }
+        Output::Table => {
+            let mut table = Table::new();
+            table.load_preset(UTF8_FULL_CONDENSED).set_header([
+                "lab",
+                "state",
+                "processes",
+                "hosts",
+            ]);
+            for lab in &summaries {
+                let processes = lab.processes.to_string();
+                table.add_row([&lab.name, lab.state, &processes, &lab.hosts.join(" ")]);
+            }
+            println!("{table}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
