@@ -1,0 +1,698 @@
+//! The one configuration file: TOML, read once, into types that cannot be wrong.
+//!
+//! Every key is documented in `default.toml` beside this file, which is what
+//! `sluice config show-default` prints and what [`Config::default`] is read from; there is no second
+//! place. A key that the file does not know, or a value out of its range, is an error that names the
+//! key, the value and the remedy.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer};
+
+/// The documented default file.
+pub const DEFAULT_TOML: &str = include_str!("default.toml");
+
+/// Why a configuration is not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("{}: {source}; give the path of a readable file with --config", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The file is no TOML. The parser names line and column.
+    #[error("{}: {source}", path.display())]
+    Syntax {
+        /// Which file.
+        path: PathBuf,
+        /// What the parser found and where.
+        source: Box<toml::de::Error>,
+    },
+    /// A key is not known, or its value is not of the right kind.
+    #[error(
+        "{}: `{line}`: {problem}; `sluice config show-default` lists every key with its meaning",
+        path.display()
+    )]
+    Key {
+        /// Which file.
+        path: PathBuf,
+        /// The key and its value.
+        line: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A value does not fit to another one.
+    #[error("{}: {key} = {value}: {problem}; {remedy}", path.display())]
+    Invalid {
+        /// Which file.
+        path: PathBuf,
+        /// The key with its table.
+        key: &'static str,
+        /// The value that was found.
+        value: String,
+        /// What is wrong with it.
+        problem: String,
+        /// What to write instead.
+        remedy: &'static str,
+    },
+}
+
+/// The whole configuration. See `default.toml` for the meaning of each key.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of this node as Kubernetes knows it; empty: the host name.
+    pub node_name: String,
+    /// Directory on a BPF file system for maps and links.
+    pub pin_dir: PathBuf,
+    /// Directory for the lock, the names and the status.
+    pub run_dir: PathBuf,
+    /// Seed of the backend choice, equal on every node of a cluster.
+    pub cluster_seed: u64,
+    /// Node addresses on which node ports are served; empty: all.
+    pub node_port_addresses: Vec<IpNet>,
+    /// What is logged.
+    pub log: Log,
+    /// Where the Kubernetes objects come from.
+    pub source: Source,
+    /// Interfaces and modes.
+    pub datapath: Datapath,
+    /// SNAT port range.
+    pub snat: Snat,
+    /// Ports of the node that are never captured.
+    pub fail_safe: FailSafe,
+    /// Map sizes.
+    pub maps: Maps,
+    /// Flow timeouts.
+    pub timeouts: Timeouts,
+    /// Consistent hashing.
+    pub maglev: Maglev,
+    /// How changes are batched and held.
+    pub changes: Changes,
+}
+
+/// `[log]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// Text for people or JSON for programs.
+    pub format: LogFormat,
+    /// Filter in the notation of tracing: `info`, `sluice=debug,info`.
+    pub level: String,
+}
+
+/// Form of the log lines.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// One line of text.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `[source]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Which source.
+    pub kind: SourceKind,
+    /// Directory of manifests.
+    pub path: PathBuf,
+    /// Quiet time before a changed directory is read.
+    #[serde(deserialize_with = "duration")]
+    pub settle: Duration,
+    /// How often the directory is looked at when no change was reported.
+    #[serde(deserialize_with = "duration")]
+    pub poll: Duration,
+}
+
+/// The kinds of sources.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceKind {
+    /// A directory of ordinary manifests.
+    File,
+}
+
+/// `[datapath]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Datapath {
+    /// Interfaces towards the network; empty: those that carry a default route.
+    pub uplinks: Vec<Pattern>,
+    /// Kernel vxlan devices to use; empty: all that have a VNI of their own.
+    pub tunnel_devices: Vec<Pattern>,
+    /// Interfaces that are never touched.
+    pub exclude_interfaces: Vec<Pattern>,
+    /// How XDP is attached to uplinks.
+    pub mode: Mode,
+    /// Beside kube-proxy or instead of it.
+    pub behaviour: Behaviour,
+    /// How frames reach pods of this node.
+    pub delivery: DeliveryChoice,
+    /// Overrides for single interfaces, by name.
+    #[serde(default)]
+    pub interface: BTreeMap<String, InterfaceOverride>,
+}
+
+/// `[datapath.interface.<name>]`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InterfaceOverride {
+    /// Replaces `datapath.mode` on an uplink.
+    pub mode: Option<Mode>,
+    /// Replaces `datapath.delivery` on the host side of a pod's veth.
+    pub delivery: Option<DeliveryChoice>,
+}
+
+/// How XDP is attached.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// The fastest that works.
+    Auto,
+    /// In the driver only.
+    Native,
+    /// In the stack only.
+    Generic,
+    /// On the NIC only.
+    Offload,
+}
+
+impl Mode {
+    /// The word in config and output.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Mode::Auto => "auto",
+            Mode::Native => "native",
+            Mode::Generic => "generic",
+            Mode::Offload => "offload",
+        }
+    }
+}
+
+/// Beside kube-proxy or instead of it.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Behaviour {
+    /// kube-proxy runs too and gets what we do not take.
+    Accelerate,
+    /// We are the proxy.
+    Replace,
+}
+
+/// How frames reach pods of this node.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum DeliveryChoice {
+    /// `redirect` where it is verified and skips no rule of the host's, else `stack`.
+    Auto,
+    /// Through the kernel.
+    Stack,
+    /// Straight into the pod's veth, where the pod's end can receive it.
+    Redirect,
+}
+
+/// `[snat]`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snat {
+    /// First port.
+    pub first_port: u16,
+    /// Last port, inclusive.
+    pub last_port: u16,
+}
+
+/// `[fail_safe]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailSafe {
+    /// TCP ports.
+    pub tcp: Vec<u16>,
+    /// UDP ports.
+    pub udp: Vec<u16>,
+}
+
+/// `[maps]`: numbers of entries.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Maps {
+    /// Service addresses and ports.
+    pub frontends: u32,
+    /// Endpoints.
+    pub backends: u32,
+    /// Service ports.
+    pub services: u32,
+    /// Entries of all consistent-hash tables together.
+    pub maglev: u32,
+    /// Pods of this node.
+    pub pods: u32,
+    /// Tunnel ends of other nodes.
+    pub vteps: u32,
+    /// Underlay addresses of other nodes.
+    pub vtep_sources: u32,
+    /// Next hops.
+    pub nexthops: u32,
+    /// Sets of the flow table, 16 connections each.
+    pub flow_sets: u32,
+}
+
+/// `[timeouts]`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Timeouts {
+    /// TCP, no reply yet.
+    #[serde(deserialize_with = "duration")]
+    pub tcp_syn: Duration,
+    /// TCP, replied.
+    #[serde(deserialize_with = "duration")]
+    pub tcp_established: Duration,
+    /// TCP, ended.
+    #[serde(deserialize_with = "duration")]
+    pub tcp_closing: Duration,
+    /// UDP, no reply yet.
+    #[serde(deserialize_with = "duration")]
+    pub udp_oneway: Duration,
+    /// UDP, replied.
+    #[serde(deserialize_with = "duration")]
+    pub udp_replied: Duration,
+    /// Age at which a record's time stamp is renewed.
+    #[serde(deserialize_with = "duration")]
+    pub stamp: Duration,
+    /// Age at which a record is decided anew.
+    #[serde(deserialize_with = "duration")]
+    pub redecide: Duration,
+    /// How often the agent looks for expired records.
+    #[serde(deserialize_with = "duration")]
+    pub sweep: Duration,
+}
+
+/// `[maglev]`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Maglev {
+    /// Largest table of one Service.
+    pub max_table: u32,
+}
+
+/// `[changes]`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Changes {
+    /// After the first change of a burst, how long further ones are gathered.
+    #[serde(deserialize_with = "duration")]
+    pub batch: Duration,
+    /// Share of the programmed frontends whose disappearance at once is held.
+    pub mass_removal_percent: u8,
+    /// Fewer programmed frontends than this are never held.
+    pub mass_removal_minimum: u32,
+}
+
+/// A name with `*`, `?` and `[...]` as the shell has them.
+#[derive(Clone, Debug)]
+pub struct Pattern(glob::Pattern);
+
+impl Pattern {
+    /// Whether `name` fits.
+    pub fn matches(&self, name: &str) -> bool {
+        self.0.matches(name)
+    }
+
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl<'de> Deserialize<'de> for Pattern {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text.is_empty() {
+            return Err(serde::de::Error::custom(
+                "an empty interface name; write a name such as \"eth0\" or a pattern such as \"eth*\"",
+            ));
+        }
+        glob::Pattern::new(&text).map(Self).map_err(|e| {
+            serde::de::Error::custom(format!(
+                "{text:?} is no interface name or pattern ({e}); use *, ? and [...] as in the shell"
+            ))
+        })
+    }
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text).map_err(|e| {
+        serde::de::Error::custom(format!(
+            "{text:?} is no duration ({e}); write a number with a unit, such as \"30s\", \"5m\", \"1h30m\""
+        ))
+    })
+}
+
+impl Default for Config {
+    /// What `default.toml` says.
+    fn default() -> Self {
+        match Self::parse(DEFAULT_TOML, Path::new("default.toml")) {
+            Ok(config) => config,
+            // The file is compiled in and a test reads it.
+            Err(e) => unreachable!("{e}"),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file at `path`; keys that it does not name have their default.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a key or a value is not usable.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Reads `text`; `path` appears in messages only.
+    ///
+    /// # Errors
+    /// When a key or a value is not usable.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let syntax = |source: toml::de::Error| ConfigError::Syntax {
+            path: path.to_owned(),
+            source: Box::new(source),
+        };
+        let given: toml::Table = toml::from_str(text).map_err(syntax)?;
+        let mut merged: toml::Table = toml::from_str(DEFAULT_TOML).map_err(syntax)?;
+        if text != DEFAULT_TOML {
+            merge(&mut merged, given);
+        }
+        let rendered = toml::to_string(&merged).unwrap_or_default();
+        // Positions in the merged document mean nothing to the reader; the line itself does.
+        let config: Config = toml::from_str(&rendered).map_err(|e| {
+            let at = e.span().map_or(0, |s| s.start).min(rendered.len());
+            let from = rendered[..at].rfind('\n').map_or(0, |i| i + 1);
+            let line = rendered[from..].lines().next().unwrap_or_default();
+            ConfigError::Key {
+                path: path.to_owned(),
+                line: line.to_owned(),
+                problem: e.message().to_owned(),
+            }
+        })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// What no single value shows.
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let fail = |key, value: String, problem: &str, remedy| {
+            Err(ConfigError::Invalid {
+                path: path.to_owned(),
+                key,
+                value,
+                problem: problem.to_owned(),
+                remedy,
+            })
+        };
+        if self.snat.first_port < 1024 || self.snat.first_port > self.snat.last_port {
+            return fail(
+                "snat.first_port",
+                self.snat.first_port.to_string(),
+                "not between 1024 and snat.last_port",
+                "write a range outside ip_local_port_range and the node ports, such as 16384 to 29999",
+            );
+        }
+        for (key, ports) in [
+            ("fail_safe.tcp", &self.fail_safe.tcp),
+            ("fail_safe.udp", &self.fail_safe.udp),
+        ] {
+            if ports.len() > 8 {
+                return fail(
+                    key,
+                    format!("{ports:?}"),
+                    "more than 8 ports",
+                    "keep those that you need to reach a broken node",
+                );
+            }
+            if ports.contains(&0) {
+                return fail(key, format!("{ports:?}"), "port 0", "remove it");
+            }
+        }
+        if !self.maps.flow_sets.is_power_of_two() || self.maps.flow_sets < 4 {
+            return fail(
+                "maps.flow_sets",
+                self.maps.flow_sets.to_string(),
+                "not a power of two, or less than 4",
+                "write a power of two; one set holds 16 connections and takes 3136 bytes",
+            );
+        }
+        for (key, value) in [
+            ("maps.frontends", self.maps.frontends),
+            ("maps.backends", self.maps.backends),
+            ("maps.services", self.maps.services),
+            ("maps.maglev", self.maps.maglev),
+            ("maps.pods", self.maps.pods),
+            ("maps.vteps", self.maps.vteps),
+            ("maps.vtep_sources", self.maps.vtep_sources),
+            ("maps.nexthops", self.maps.nexthops),
+        ] {
+            if value < 2 || value > (1 << 28) {
+                return fail(
+                    key,
+                    value.to_string(),
+                    "not between 2 and 268435456",
+                    "leave the key out for the default",
+                );
+            }
+        }
+        if self.maglev.max_table < 2 || self.maglev.max_table > self.maps.maglev {
+            return fail(
+                "maglev.max_table",
+                self.maglev.max_table.to_string(),
+                "less than 2 or more than maps.maglev",
+                "write about 100 times the largest number of endpoints of a Service",
+            );
+        }
+        if self.changes.mass_removal_percent > 100 {
+            return fail(
+                "changes.mass_removal_percent",
+                self.changes.mass_removal_percent.to_string(),
+                "more than 100",
+                "write 1 to 100; 100 holds only the loss of everything",
+            );
+        }
+        let t = &self.timeouts;
+        for (key, value) in [
+            ("timeouts.tcp_syn", t.tcp_syn),
+            ("timeouts.tcp_established", t.tcp_established),
+            ("timeouts.tcp_closing", t.tcp_closing),
+            ("timeouts.udp_oneway", t.udp_oneway),
+            ("timeouts.udp_replied", t.udp_replied),
+            ("timeouts.stamp", t.stamp),
+            ("timeouts.redecide", t.redecide),
+            ("timeouts.sweep", t.sweep),
+        ] {
+            // Records hold 32 bits of jiffies and ages are compared within half of that: at 1000
+            // ticks a second twelve days are the limit.
+            if value.is_zero() || value > Duration::from_secs(10 * 24 * 3600) {
+                return fail(
+                    key,
+                    humantime::format_duration(value).to_string(),
+                    "zero, or more than 10 days",
+                    "leave the key out for the default",
+                );
+            }
+        }
+        let shortest = t.tcp_syn.min(t.tcp_closing).min(t.udp_oneway);
+        if t.stamp * 2 > shortest {
+            return fail(
+                "timeouts.stamp",
+                humantime::format_duration(t.stamp).to_string(),
+                "more than half of the shortest timeout: living connections would expire",
+                "write 1s",
+            );
+        }
+        for (key, dir) in [("pin_dir", &self.pin_dir), ("run_dir", &self.run_dir)] {
+            if !dir.is_absolute() {
+                return fail(
+                    key,
+                    dir.display().to_string(),
+                    "not an absolute path",
+                    "write the path from / on",
+                );
+            }
+        }
+        if self.source.path.as_os_str().is_empty() {
+            return fail(
+                "source.path",
+                "\"\"".to_owned(),
+                "no directory",
+                "write the directory that holds the manifests",
+            );
+        }
+        if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
+            return fail(
+                "log.level",
+                self.log.level.clone(),
+                "no level and no filter",
+                "write error, warn, info, debug, trace or a filter such as \"sluice=debug,info\"",
+            );
+        }
+        Ok(())
+    }
+
+    /// The node's name: the configured one or the host name.
+    pub fn node_name(&self) -> String {
+        if !self.node_name.is_empty() {
+            return self.node_name.clone();
+        }
+        nix::unistd::gethostname()
+            .ok()
+            .and_then(|n| n.into_string().ok())
+            .unwrap_or_else(|| "localhost".to_owned())
+            .to_lowercase()
+    }
+
+    /// The mode for uplink `name`.
+    pub fn mode_of(&self, name: &str) -> Mode {
+        self.datapath
+            .interface
+            .get(name)
+            .and_then(|o| o.mode)
+            .unwrap_or(self.datapath.mode)
+    }
+
+    /// The delivery for the host side `name` of a pod's veth.
+    pub fn delivery_of(&self, name: &str) -> DeliveryChoice {
+        self.datapath
+            .interface
+            .get(name)
+            .and_then(|o| o.delivery)
+            .unwrap_or(self.datapath.delivery)
+    }
+}
+
+/// Lays `given` over `base`: tables are merged, everything else is replaced.
+fn merge(base: &mut toml::Table, given: toml::Table) {
+    for (key, value) in given {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Table(old)), toml::Value::Table(new)) => merge(old, new),
+            (_, value) => {
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("test.toml"))
+    }
+
+    fn message(text: &str) -> String {
+        match parse(text) {
+            Ok(_) => panic!("accepted: {text}"),
+            Err(e) => e.to_string(),
+        }
+    }
+
+    #[test]
+    fn default_file_is_the_default() {
+        let config = Config::default();
+        assert_eq!(config.maps.flow_sets, sluice_abi::maps::DEFAULT_FLOW_SETS);
+        assert_eq!(config.maps.frontends, sluice_abi::maps::DEFAULT_FRONTENDS);
+        assert_eq!(config.maps.backends, sluice_abi::maps::DEFAULT_BACKENDS);
+        assert_eq!(config.maps.services, sluice_abi::maps::DEFAULT_SERVICES);
+        assert_eq!(config.maps.maglev, sluice_abi::maps::DEFAULT_MAGLEV);
+        assert_eq!(config.maps.pods, sluice_abi::maps::DEFAULT_PODS);
+        assert_eq!(config.maps.vteps, sluice_abi::maps::DEFAULT_VTEPS);
+        assert_eq!(config.maps.nexthops, sluice_abi::maps::DEFAULT_NEXTHOPS);
+        assert_eq!(
+            config.snat.first_port,
+            sluice_abi::maps::DEFAULT_SNAT_FIRST_PORT
+        );
+        assert_eq!(
+            config.snat.last_port,
+            sluice_abi::maps::DEFAULT_SNAT_LAST_PORT
+        );
+    }
+
+    /// Every line with a key has a comment directly above it, or above the key before it.
+    #[test]
+    fn every_key_of_the_default_file_is_documented() {
+        let mut documented = false;
+        let mut keys = 0;
+        for line in DEFAULT_TOML.lines() {
+            let line = line.trim();
+            if line.starts_with('#') {
+                documented = true;
+            } else if line.is_empty() || line.starts_with('[') {
+                documented = false;
+            } else if let Some((key, _)) = line.split_once('=') {
+                keys += 1;
+                assert!(documented, "{key} has no comment");
+            }
+        }
+        assert!(keys > 40, "only {keys} keys found");
+    }
+
+    #[test]
+    fn given_keys_replace_defaults_and_leave_the_rest() {
+        let config = parse(
+            "[datapath]\nuplinks = ['uplink*']\nmode = 'generic'\n[datapath.interface.uplink1]\nmode = 'native'\n",
+        )
+        .expect("legal");
+        assert!(config.datapath.uplinks[0].matches("uplink0"));
+        assert_eq!(config.mode_of("uplink0"), Mode::Generic);
+        assert_eq!(config.mode_of("uplink1"), Mode::Native);
+        assert_eq!(config.fail_safe.tcp[0], 22);
+    }
+
+    #[test]
+    fn unknown_key_is_named() {
+        let text = message("[datapath]\nuplink = ['eth0']\n");
+        assert!(
+            text.contains("uplink") && text.contains("test.toml"),
+            "{text}"
+        );
+        assert!(text.contains("show-default"), "{text}");
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_a_remedy() {
+        for (text, needles) in [
+            ("[timeouts]\ntcp_syn = '5 parsecs'", ["5 parsecs", "unit"]),
+            ("[timeouts]\nstamp = '1h'", ["timeouts.stamp", "1s"]),
+            (
+                "[maps]\nflow_sets = 5",
+                ["maps.flow_sets = 5", "power of two"],
+            ),
+            ("[datapath]\nmode = 'fast'", ["fast", "native"]),
+            ("[datapath]\nuplinks = ['[']", ["[", "shell"]),
+            (
+                "[snat]\nfirst_port = 40000\nlast_port = 300",
+                ["40000", "16384"],
+            ),
+            ("[fail_safe]\ntcp = [0]", ["fail_safe.tcp", "remove"]),
+            ("[log]\nlevel = 'sluice=loud'", ["sluice=loud", "debug"]),
+            ("[maglev]\nmax_table = 1", ["maglev.max_table", "100 times"]),
+            ("pin_dir = 'here'", ["pin_dir", "from /"]),
+            ("node_port_addresses = ['ten']", ["ten", "address"]),
+        ] {
+            let message = message(text);
+            for needle in needles {
+                assert!(message.contains(needle), "{needle:?} not in: {message}");
+            }
+        }
+    }
+}
