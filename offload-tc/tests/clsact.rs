@@ -150,6 +150,24 @@ fn other_filters_and_the_qdisc_survive_detach() {
 }
 
 #[test]
+fn filter_of_another_kind_is_left_alone_and_the_kernels_words_are_kept() {
+    in_new_netns(|| {
+        tc("qdisc add dev lo clsact");
+        tc("filter add dev lo ingress protocol all prio 50 u32 match u32 0 0 flowid 1:1");
+        let before = tc("filter show dev lo ingress");
+        let (program, id) = pass_program();
+        let slot = slot(Direction::Ingress);
+        assert_eq!(query(slot).expect("query"), None);
+        let text = attach(slot, program.as_fd(), None)
+            .expect_err("taken")
+            .to_string();
+        assert!(text.contains("kind"), "not the kernel's reason: {text:?}");
+        assert!(!detach(slot, id).expect("no filter of ours"));
+        assert_eq!(tc("filter show dev lo ingress"), before);
+    });
+}
+
+#[test]
 fn error_names_the_slot_and_the_remedy() {
     in_new_netns(|| {
         let (program, _) = pass_program();
