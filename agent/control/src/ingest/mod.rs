@@ -1,4 +1,23 @@
-//! From manifests and API objects to the model: parsing, defaults, validation.
+//! From manifests and API objects to the model: parsing, the API server's defaults, validation.
+//!
+//! ```text
+//!  text ─► documents ─► JSON value ─► (List flattened) ─► API type ─► model object
+//!              └ does not parse │ wrong field │ not valid ─► Skipped, the rest goes on
+//! ```
+//!
+//! Nothing here compares objects with each other or with the node: that is compile's.
+
+mod document;
+mod field;
+mod node;
+mod service;
+mod slice;
+
+pub use document::ingest;
+pub use field::parse_ip;
+pub use node::{node, pod};
+pub use service::{OPT_OUT_ANNOTATION, service};
+pub use slice::endpoint_slice;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,12 +35,6 @@ pub struct Ingested {
     pub objects: Vec<Object>,
     /// What was left out.
     pub skipped: Vec<Skipped>,
-    /// Objects of kinds that Sluice does not read, counted.
+    /// Objects of kinds that Sluice does not read, counted by `apiVersion/kind`.
     pub ignored: BTreeMap<String, usize>,
-}
-
-/// Reads a multi-document YAML (or JSON) text.
-pub fn ingest(origin: &Origin, text: &str) -> Ingested {
-    let _ = (origin, text);
-    Ingested::default()
 }
