@@ -145,3 +145,164 @@ fn function_at<'a>(
         .find(|s| (s.address()..s.address() + s.size()).contains(&offset))
         .and_then(|s| s.name().ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use object::elf::R_BPF_64_32;
+    use object::write::{Object, Relocation, SectionId, Symbol, SymbolId, SymbolSection};
+    use object::{Architecture, BinaryFormat, Endianness, RelocationFlags};
+    use object::{SectionKind, SymbolFlags, SymbolKind, SymbolScope};
+
+    use super::findings;
+
+    const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+    /// A call of helper 1, which is no BPF-to-BPF call.
+    const HELPER: [u8; 8] = [0x85, 0, 0, 0, 1, 0, 0, 0];
+
+    /// A BPF-to-BPF call with the given distance in instructions.
+    fn call(distance: i32) -> [u8; 8] {
+        let [a, b, c, d] = distance.to_le_bytes();
+        [0x85, 0x10, 0, 0, a, b, c, d]
+    }
+
+    /// An object file in the making.
+    struct Elf(Object<'static>);
+
+    impl Elf {
+        fn new() -> Self {
+            Self(Object::new(
+                BinaryFormat::Elf,
+                Architecture::Bpf,
+                Endianness::Little,
+            ))
+        }
+
+        fn section(&mut self, name: &str) -> SectionId {
+            self.0
+                .add_section(Vec::new(), name.into(), SectionKind::Text)
+        }
+
+        fn function(&mut self, section: SectionId, name: &str, code: &[[u8; 8]]) -> SymbolId {
+            let symbol = self.0.add_symbol(Symbol {
+                name: name.into(),
+                value: 0,
+                size: 0,
+                kind: SymbolKind::Text,
+                scope: SymbolScope::Linkage,
+                weak: false,
+                section: SymbolSection::Undefined,
+                flags: SymbolFlags::None,
+            });
+            self.0.add_symbol_data(symbol, section, &code.concat(), 8);
+            symbol
+        }
+
+        fn relocate(&mut self, section: SectionId, offset: u64, symbol: SymbolId) {
+            let flags = RelocationFlags::Elf {
+                r_type: R_BPF_64_32,
+            };
+            let relocation = Relocation {
+                offset,
+                symbol,
+                addend: 0,
+                flags,
+            };
+            self.0
+                .add_relocation(section, relocation)
+                .expect("a BPF relocation");
+        }
+
+        fn findings(self) -> Vec<String> {
+            findings(&self.0.write().expect("an ELF file")).expect("readable")
+        }
+    }
+
+    #[test]
+    fn object_with_helpers_and_own_functions_is_good() {
+        let mut elf = Elf::new();
+        let text = elf.section(".text");
+        let own = elf.function(text, "own", &[EXIT]);
+        let xdp = elf.section("xdp");
+        elf.function(xdp, "xdp_node", &[HELPER, call(-1), EXIT]);
+        elf.relocate(xdp, 8, own);
+        assert_eq!(elf.findings(), [""; 0]);
+    }
+
+    #[test]
+    fn byte_loops_that_only_call_each_other_are_no_finding() {
+        let mut elf = Elf::new();
+        let text = elf.section(".text");
+        let memcpy = elf.function(text, "memcpy", &[EXIT]);
+        elf.function(text, "memmove", &[call(-1), EXIT]);
+        elf.relocate(text, 8, memcpy);
+        assert_eq!(elf.findings(), [""; 0]);
+    }
+
+    #[test]
+    fn call_of_a_byte_loop_is_refused_with_its_caller() {
+        for name in super::BYTE_LOOPS {
+            let mut elf = Elf::new();
+            let text = elf.section(".text");
+            let byte_loop = elf.function(text, name, &[EXIT]);
+            let xdp = elf.section("xdp");
+            elf.function(xdp, "first", &[EXIT]);
+            elf.function(xdp, "second", &[HELPER, call(-1), EXIT]);
+            elf.relocate(xdp, 16, byte_loop);
+            let findings = elf.findings();
+            let [finding] = findings.as_slice() else {
+                panic!("{name}: {findings:?}")
+            };
+            for word in ["section xdp", "function second", "0x10", name] {
+                assert!(finding.contains(word), "{word:?} is not in {finding:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn local_call_without_relocation_is_followed_backwards_and_forwards() {
+        for (code, distance) in [(["memset", "own"], -3), (["own", "memset"], 1)] {
+            let mut elf = Elf::new();
+            let text = elf.section(".text");
+            for name in code {
+                let body = if name == "own" {
+                    [call(distance), EXIT]
+                } else {
+                    [HELPER, EXIT]
+                };
+                elf.function(text, name, &body);
+            }
+            let findings = elf.findings();
+            assert_eq!(findings.len(), 1, "{findings:?}");
+            assert!(findings[0].contains("function own"), "{findings:?}");
+            assert!(findings[0].contains("calls memset"), "{findings:?}");
+        }
+    }
+
+    #[test]
+    fn call_through_a_section_symbol_is_followed() {
+        let mut elf = Elf::new();
+        let text = elf.section(".text");
+        elf.function(text, "own", &[EXIT]);
+        elf.function(text, "memcpy", &[EXIT]);
+        let section_symbol = elf.0.section_symbol(text);
+        let xdp = elf.section("xdp");
+        elf.function(xdp, "xdp_node", &[call(0), EXIT]);
+        elf.relocate(xdp, 0, section_symbol);
+        let findings = elf.findings();
+        assert_eq!(findings.len(), 1, "{findings:?}");
+        assert!(findings[0].contains("calls memcpy"), "{findings:?}");
+    }
+
+    #[test]
+    fn panic_code_is_refused_and_whoever_reaches_it_is_named() {
+        let mut elf = Elf::new();
+        let unlikely = elf.section(".text.unlikely.");
+        let panic = elf.function(unlikely, "core9panicking9panic_fmt", &[EXIT]);
+        let xdp = elf.section("xdp");
+        elf.function(xdp, "xdp_node", &[call(-1), EXIT]);
+        elf.relocate(xdp, 0, panic);
+        let text = elf.findings().join("\n");
+        assert!(text.contains("section .text.unlikely."), "{text}");
+        assert!(text.contains("function xdp_node"), "{text}");
+    }
+}
