@@ -39,6 +39,7 @@ pub mod netns;
 mod pass;
 pub mod plan;
 pub mod preflight;
+pub mod probe;
 pub mod process;
 pub mod serve;
 mod spec;

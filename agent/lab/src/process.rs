@@ -149,10 +149,12 @@ mod tests {
 
     #[test]
     fn end_leaves_no_process_and_no_zombie() {
-        let child = std::process::Command::new("sleep")
-            .arg("1000")
-            .spawn()
-            .expect("start sleep");
+        let mut sleep = std::process::Command::new("sleep");
+        #[expect(
+            clippy::zombie_processes,
+            reason = "that `end` collects it is what is tested"
+        )]
+        let child = sleep.arg("1000").spawn().expect("start sleep");
         let pid = i32::try_from(child.id()).expect("small");
         let id = ProcessId::of(pid).expect("it runs");
         assert!(end(&[id], Duration::from_secs(2)).is_empty());

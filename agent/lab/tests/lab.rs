@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sluice_lab::plan::UPLINK;
+use sluice_lab::probe::{self, FrameSocket, Packet, Transport};
 use sluice_lab::serve::Answer;
 use sluice_lab::{
     Family, Lab, LabContext, LabName, LabSpec, Netns, RpFilter, clean, clean_stale, preflight,
@@ -451,4 +453,53 @@ fn get(lab: &Lab, from: &str, url: &str) -> Option<Answer> {
     let host = lab.host(from).expect("host");
     let body = host.run("curl", &["-sf", "-g", "-m", "5", url]).ok()?;
     Some(serde_json::from_str(&body).expect("a JSON line"))
+}
+
+#[test]
+fn frames_made_here_are_taken_by_the_kernel_and_its_answers_check() {
+    let Some((context, _dir)) = context() else {
+        return;
+    };
+    let lab = Lab::up(&context, &LabSpec::kernel_only(2, 1)).expect("up");
+    let (node1, node2) = (&lab.plan().nodes[0], &lab.plan().nodes[1]);
+    let pod = &node2.pods[0];
+    let uplink = lab.host("node1").expect("node1").netns;
+    // Frames of node1's tunnel, made by hand, for the kernel of node2 to take apart.
+    let mut socket = FrameSocket::open(&uplink, UPLINK).expect("open");
+    for family in [Family::V4, Family::V6] {
+        let outer = Packet {
+            source: node1.address_v4.into(),
+            destination: node2.address_v4.into(),
+            ttl: 64,
+            transport: Transport::Udp {
+                source: 50_000,
+                destination: 8472,
+                checksum: false,
+            },
+            payload: Vec::new(),
+        };
+        let tunnel = match family {
+            Family::V4 => node1.tunnel_v4().into(),
+            Family::V6 => node1.tunnel_v6().into(),
+        };
+        let request = Packet {
+            source: tunnel,
+            destination: pod.address(family),
+            ttl: 64,
+            transport: Transport::udp(40_000, 5353),
+            payload: b"by hand".to_vec(),
+        };
+        let inner = probe::frame(node1.vxlan_mac, node2.vxlan_mac, &request).expect("legal");
+        let frame = probe::vxlan(node1.uplink_mac, node2.uplink_mac, &outer, 1, &inner);
+        socket.send(&frame.expect("legal")).expect("send");
+        let answer = |bytes: &[u8]| {
+            let inner = probe::inspect(bytes, Some(8472)).ok()?.inner?.1;
+            (inner.packet.source == request.destination).then_some(inner.packet)
+        };
+        let found = socket.receive(Duration::from_secs(5), |bytes| answer(bytes).is_some());
+        let found = answer(&found.expect("receive").expect("an answer")).expect("checked");
+        assert_eq!(found.transport, Transport::udp(5353, 40_000));
+        assert_eq!(found.destination, request.source);
+        assert_eq!(found.payload, b"pod2-1 by hand");
+    }
 }
