@@ -1,16 +1,23 @@
 //! From the model to desired tables, total and deterministic. Desired tables have no ids: they are
 //! keyed by stable names, so that equal input gives equal output on every start.
 
+mod frontends;
+mod tunnels;
+
 use ipnet::IpNet;
-use sluice_abi::{Family, Mac, Tunnel};
+use sluice_abi::{Family, Mac, Tunnel, frontend_flags};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use frontends::{Claim, FrontendKind};
+use tunnels::CidrTable;
+
 use crate::Skipped;
+use crate::endpoints::{Selection, select};
 use crate::model::{
-    MaglevSettings, NextHopFacts, NodeContext, ObjectName, PodFacts, ServicePortName, Snapshot,
-    Tuple,
+    Endpoint, EndpointSlice, MaglevSettings, NextHopFacts, NodeContext, ObjectName, PodFacts,
+    ServicePortName, Snapshot, Tuple,
 };
 
 /// A set of backends that shares one consistent-hash table.
@@ -141,13 +148,238 @@ pub struct Compiled {
 
 /// Compiles. Never fails as a whole.
 pub fn compile(snapshot: &Snapshot, node: &NodeContext) -> Compiled {
-    let _ = (snapshot, node);
-    Compiled::default()
+    Compiler::run(snapshot, node).0
 }
 
 /// Destinations whose next hops [`compile`] needs in [`NodeContext::next_hops`]: underlay
 /// addresses of VTEPs, and backends outside the tunnels. The rest of the context must be filled.
 pub fn wanted_next_hops(snapshot: &Snapshot, node: &NodeContext) -> BTreeSet<IpAddr> {
-    let _ = (snapshot, node);
-    BTreeSet::new()
+    Compiler::run(snapshot, node).1
+}
+
+/// One compilation.
+struct Compiler<'a> {
+    node: &'a NodeContext,
+    cidrs: CidrTable,
+    pod_names: BTreeMap<IpAddr, &'a ObjectName>,
+    slices: BTreeMap<&'a ObjectName, Vec<&'a EndpointSlice>>,
+    desired: Desired,
+    wanted: BTreeSet<IpAddr>,
+    /// Backends without a way, and why.
+    unreachable: BTreeMap<Tuple, Skipped>,
+}
+
+/// Which sets a Service port has in one family, and whether endpoints exist at all.
+#[derive(Clone, Default)]
+struct Sets {
+    cluster: Option<SetKey>,
+    local: Option<SetKey>,
+    any_endpoint: bool,
+}
+
+impl<'a> Compiler<'a> {
+    fn run(snapshot: &'a Snapshot, node: &'a NodeContext) -> (Compiled, BTreeSet<IpAddr>) {
+        let mut skipped = Vec::new();
+        let mut desired = Desired {
+            pods: node.pods.clone(),
+            maglev: node.maglev,
+            ..Desired::default()
+        };
+        let cidrs = tunnels::compile(snapshot, node, &mut desired, &mut skipped);
+        let claims = frontends::claims(snapshot, node, &cidrs, &mut skipped);
+        let mut slices: BTreeMap<&ObjectName, Vec<&EndpointSlice>> = BTreeMap::new();
+        for slice in snapshot.slices.values() {
+            slices.entry(&slice.service).or_default().push(slice);
+        }
+        let mut compiler = Compiler {
+            node,
+            cidrs,
+            pod_names: pod_names(snapshot),
+            slices,
+            wanted: desired.vteps.keys().map(|vtep| vtep.remote).collect(),
+            desired,
+            unreachable: BTreeMap::new(),
+        };
+        compiler.vtep_next_hops();
+        let mut sets: BTreeMap<(ServicePortName, Family), Sets> = BTreeMap::new();
+        let mut opted_out = BTreeMap::new();
+        for claim in &claims {
+            let service = claim.service;
+            if service.opt_out || node.opt_out.contains(&service.name) {
+                opted_out.insert(&service.name, service);
+                continue;
+            }
+            let name = claim.port.full_name(&service.name);
+            let family = frontends::family(claim.tuple.addr);
+            let sets = sets
+                .entry((name.clone(), family))
+                .or_insert_with(|| compiler.sets(claim, &name, family));
+            compiler.frontend(claim, name, sets);
+        }
+        for (name, service) in opted_out {
+            skipped.push(
+                Skipped::notice(format!("Service {name}"), "opted out: left to the kernel")
+                    .within(&service.origin),
+            );
+        }
+        skipped.extend(compiler.unreachable.into_values());
+        skipped.sort();
+        skipped.dedup();
+        let compiled = Compiled {
+            desired: compiler.desired,
+            skipped,
+        };
+        (compiled, compiler.wanted)
+    }
+
+    /// A VTEP without a known way still decapsulates: its next hop is there, but unresolved.
+    fn vtep_next_hops(&mut self) {
+        for vtep in self.desired.vteps.keys() {
+            let facts = self.node.next_hops.get(&vtep.remote).copied();
+            self.desired
+                .next_hops
+                .insert(vtep.remote, facts.unwrap_or(NextHopFacts::Unresolved {}));
+        }
+    }
+
+    /// Programs the backends of a Service port in one family.
+    fn sets(&mut self, claim: &Claim<'a>, name: &ServicePortName, family: Family) -> Sets {
+        let slices = self.slices.get(&claim.service.name);
+        let selection = select(
+            slices.map(Vec::as_slice).unwrap_or_default(),
+            claim.port,
+            family,
+            &self.node.node_name,
+        );
+        let service = claim.service;
+        let Selection { cluster, local } = selection;
+        Sets {
+            any_endpoint: !cluster.is_empty(),
+            cluster: self.set(claim, name, family, false, cluster),
+            local: if service.internal_local || service.external_local {
+                self.set(claim, name, family, true, local)
+            } else {
+                None
+            },
+        }
+    }
+
+    fn set(
+        &mut self,
+        claim: &Claim<'a>,
+        name: &ServicePortName,
+        family: Family,
+        local: bool,
+        endpoints: BTreeMap<Tuple, &Endpoint>,
+    ) -> Option<SetKey> {
+        let mut backends = Vec::with_capacity(endpoints.len());
+        for (tuple, endpoint) in endpoints {
+            if self.backend(claim, tuple, endpoint) {
+                backends.push(tuple);
+            }
+        }
+        if backends.is_empty() {
+            return None;
+        }
+        let key = SetKey {
+            service: name.clone(),
+            family,
+            local,
+        };
+        self.desired.sets.insert(key.clone(), backends);
+        Some(key)
+    }
+
+    /// Enters a backend; false if there is no way to it.
+    fn backend(&mut self, claim: &Claim<'a>, tuple: Tuple, endpoint: &Endpoint) -> bool {
+        let route = self.route(tuple.addr, endpoint);
+        if route == DesiredRoute::Plain {
+            self.wanted.insert(tuple.addr);
+            let Some(facts) = self.node.next_hops.get(&tuple.addr) else {
+                self.unreachable.entry(tuple).or_insert_with(|| {
+                    Skipped::error(
+                        format!("Service {}", claim.service.name),
+                        format!("endpoint {tuple} is left out: its next hop is unknown"),
+                    )
+                    .within(&claim.service.origin)
+                    .remedy("add a route to it, or the pod CIDR of its Node")
+                });
+                return false;
+            };
+            self.desired.next_hops.insert(tuple.addr, *facts);
+        }
+        let pod = endpoint.pod.as_ref();
+        let backend = DesiredBackend {
+            route,
+            pod: pod
+                .or_else(|| self.pod_names.get(&tuple.addr).copied())
+                .cloned(),
+            node: endpoint.node.clone(),
+        };
+        // One endpoint behind two Services: the entry that knows more stays, whatever the order.
+        let entry = self
+            .desired
+            .backends
+            .entry(tuple)
+            .or_insert(backend.clone());
+        if (&backend.node, &backend.pod) > (&entry.node, &entry.pod) {
+            *entry = backend;
+        }
+        true
+    }
+
+    fn route(&self, addr: IpAddr, endpoint: &Endpoint) -> DesiredRoute {
+        let node = self.node;
+        if crate::endpoints::is_local(endpoint, &node.node_name) || node.pods.contains_key(&addr) {
+            DesiredRoute::Local
+        } else if let Some(vtep) = self.cidrs.find(addr) {
+            DesiredRoute::Tunnel(vtep)
+        } else if node.addresses.contains(&addr)
+            || node.pod_cidrs.iter().any(|net| net.contains(&addr))
+        {
+            DesiredRoute::Local
+        } else {
+            DesiredRoute::Plain
+        }
+    }
+
+    /// Enters a frontend. Clients inside the cluster that use an outside address are served by every
+    /// endpoint, whatever externalTrafficPolicy says (kube-proxy's short-circuit).
+    fn frontend(&mut self, claim: &Claim<'a>, service: ServicePortName, sets: &Sets) {
+        let choose = |local: bool| if local { &sets.local } else { &sets.cluster };
+        let is_cluster_ip = claim.kind == FrontendKind::ClusterIp;
+        let (external_local, internal_local) = if is_cluster_ip {
+            (claim.service.internal_local, claim.service.internal_local)
+        } else {
+            (claim.service.external_local, false)
+        };
+        let mut flags = claim.flags;
+        if sets.any_endpoint && external_local {
+            flags |= frontend_flags::EXTERNAL_LOCAL;
+        }
+        if sets.any_endpoint && internal_local {
+            flags |= frontend_flags::INTERNAL_LOCAL;
+        }
+        self.desired.frontends.insert(
+            claim.tuple,
+            DesiredFrontend {
+                service,
+                flags,
+                external: choose(external_local).clone(),
+                internal: choose(internal_local).clone(),
+                affinity_seconds: claim.service.affinity_seconds,
+            },
+        );
+    }
+}
+
+/// Pods by address, for names. Pods of the host network share their node's address.
+fn pod_names(snapshot: &Snapshot) -> BTreeMap<IpAddr, &ObjectName> {
+    let mut names = BTreeMap::new();
+    for pod in snapshot.pods.values().filter(|pod| !pod.host_network) {
+        for address in &pod.addresses {
+            names.entry(*address).or_insert(&pod.name);
+        }
+    }
+    names
 }

@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sluice_abi::{Delivery, Mac};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::{ObjectName, mac_text};
@@ -176,8 +176,8 @@ pub struct NodeContext {
     pub next_hops: BTreeMap<IpAddr, NextHopFacts>,
     /// Pods of this node.
     pub pods: BTreeMap<IpAddr, PodFacts>,
-    /// Addresses of the API server: never captured.
-    pub api_servers: BTreeSet<IpAddr>,
+    /// Where the API servers listen: never captured.
+    pub api_servers: BTreeSet<SocketAddr>,
     /// Consistent-hash tables.
     pub maglev: MaglevSettings,
     /// Ports that are never captured.
