@@ -77,6 +77,8 @@ pub struct Config {
     pub cluster_seed: u64,
     /// Node addresses on which node ports are served; empty: all.
     pub node_port_addresses: Vec<IpNet>,
+    /// Services that are left alone.
+    pub opt_out_services: Vec<ServiceName>,
     /// What is logged.
     pub log: Log,
     /// Where the Kubernetes objects come from.
@@ -344,6 +346,44 @@ impl<'de> Deserialize<'de> for Pattern {
                 "{text:?} is no interface name or pattern ({e}); use *, ? and [...] as in the shell"
             ))
         })
+    }
+}
+
+/// `namespace/name` of a Service.
+#[derive(Clone, Debug)]
+pub struct ServiceName {
+    namespace: String,
+    name: String,
+}
+
+impl ServiceName {
+    /// The namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The name in it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl<'de> Deserialize<'de> for ServiceName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.split_once('/') {
+            Some((namespace, name))
+                if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
+            {
+                Ok(Self {
+                    namespace: namespace.to_owned(),
+                    name: name.to_owned(),
+                })
+            }
+            _ => Err(serde::de::Error::custom(format!(
+                "{text:?} names no Service; write \"namespace/name\""
+            ))),
+        }
     }
 }
 
@@ -688,6 +728,7 @@ mod tests {
             ("[maglev]\nmax_table = 1", ["maglev.max_table", "100 times"]),
             ("pin_dir = 'here'", ["pin_dir", "from /"]),
             ("node_port_addresses = ['ten']", ["ten", "address"]),
+            ("opt_out_services = ['shop']", ["shop", "namespace/name"]),
         ] {
             let message = message(text);
             for needle in needles {

@@ -6,6 +6,11 @@
 //!  facts ──┘   (task)   (pure)     └─► attach (XDP, TC) ─► interfaces
 //! ```
 
+pub mod attach;
 pub mod config;
 pub mod describe;
+pub mod facts;
 pub mod maps;
+pub mod netlink;
+pub mod source;
+pub mod store;

@@ -1,0 +1,261 @@
+//! Whether the pod's end of a veth pair receives frames that XDP redirects to its host side.
+//!
+//! veth hands redirected frames to the peer's NAPI, which runs only while the peer has GRO on or a
+//! native XDP program; else every frame is lost in silence (drivers/net/veth.c, `veth_xdp_xmit`).
+//! The answer stands in the pod's own network namespace, so a thread of ours goes there.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
+use nix::sched::{CloneFlags, setns};
+use sluice_abi::Mac;
+
+use super::kernel::{Link, link};
+use crate::netlink::Netlink;
+
+/// GRO can be switched off behind our back, so an answer is asked for again after this time.
+const FRESH: Duration = Duration::from_secs(10);
+
+/// What the pod's end of a veth pair does with redirected frames.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodEnd {
+    /// It receives them.
+    Receives {
+        /// Its MAC.
+        mac: Mac,
+    },
+    /// It loses them.
+    Deaf {
+        /// Its MAC.
+        mac: Mac,
+        /// Why, and what would change it.
+        reason: String,
+    },
+    /// It could not be looked at.
+    Unknown(String),
+}
+
+impl PodEnd {
+    /// The pod's MAC, where it was seen.
+    pub fn mac(&self) -> Option<Mac> {
+        match self {
+            PodEnd::Receives { mac } | PodEnd::Deaf { mac, .. } => Some(*mac),
+            PodEnd::Unknown(_) => None,
+        }
+    }
+}
+
+/// Looks at pods' ends and remembers the answers for a while.
+#[derive(Default)]
+pub struct PodEnds {
+    known: HashMap<(u32, u32), (Instant, PodEnd)>,
+}
+
+impl PodEnds {
+    /// The other ends of `veths`, by the index of the host side; `None` for what is no veth.
+    pub fn inspect(&mut self, netlink: &mut Netlink, veths: &[&Link]) -> BTreeMap<u32, PodEnd> {
+        let now = Instant::now();
+        self.known
+            .retain(|_, (at, _)| now.duration_since(*at) < FRESH);
+        let mut found = BTreeMap::new();
+        // Interfaces by the namespace of their other end.
+        let mut open: BTreeMap<i32, Vec<(u32, u32)>> = BTreeMap::new();
+        for veth in veths {
+            let Some(peer) = veth.peer else {
+                continue;
+            };
+            if let Some((_, end)) = self.known.get(&(veth.ifindex, peer)) {
+                found.insert(veth.ifindex, end.clone());
+                continue;
+            }
+            match veth.peer_netns {
+                Some(id) => open.entry(id).or_default().push((veth.ifindex, peer)),
+                None => {
+                    found.insert(
+                        veth.ifindex,
+                        PodEnd::Unknown("the other end is in this namespace: no pod".to_owned()),
+                    );
+                }
+            }
+        }
+        if open.is_empty() {
+            return found;
+        }
+        let namespaces = namespaces(netlink, &open.keys().copied().collect());
+        for (id, pairs) in open {
+            let ends = match namespaces.get(&id) {
+                Some(file) => look(file, pairs.iter().map(|(_, peer)| *peer).collect()),
+                None => Err(
+                    "the pod's network namespace was not found below /run/netns and /proc; run in \
+                     the host's PID namespace (hostPID) to have it verified"
+                        .to_owned(),
+                ),
+            };
+            for (host, peer) in pairs {
+                let end = match &ends {
+                    Ok(ends) => ends.get(&peer).cloned().unwrap_or_else(|| {
+                        PodEnd::Unknown("the pod's end went away while it was looked at".to_owned())
+                    }),
+                    Err(reason) => PodEnd::Unknown(reason.clone()),
+                };
+                self.known.insert((host, peer), (now, end.clone()));
+                found.insert(host, end);
+            }
+        }
+        found
+    }
+}
+
+/// Files of the namespaces that this one numbers `wanted`.
+fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, File> {
+    let mut found = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    for path in candidates() {
+        if found.len() == wanted.len() {
+            break;
+        }
+        let Ok(file) = File::open(&path) else {
+            continue;
+        };
+        let Ok(meta) = file.metadata() else {
+            continue;
+        };
+        if !seen.insert((meta.dev(), meta.ino())) {
+            continue;
+        }
+        let mut message = NsidMessage::default();
+        message
+            .attributes
+            .push(NsidAttribute::Fd(file.as_raw_fd() as u32));
+        let answer = netlink.get("namespace id", RouteNetlinkMessage::GetNsId(message));
+        let Ok(Some(RouteNetlinkMessage::NewNsId(answer))) = answer else {
+            continue;
+        };
+        for attribute in answer.attributes {
+            if let NsidAttribute::Id(id) = attribute
+                && wanted.contains(&id)
+            {
+                found.insert(id, file);
+                break;
+            }
+        }
+    }
+    found
+}
+
+/// Where network namespaces can be found: named ones, then those of every process.
+fn candidates() -> impl Iterator<Item = PathBuf> {
+    let named = std::fs::read_dir("/run/netns")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path());
+    let processes = std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| {
+            e.file_name()
+                .to_str()
+                .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
+        })
+        .map(|e| e.path().join("ns/net"));
+    named.chain(processes)
+}
+
+/// Goes into the namespace with a thread of its own and looks at interfaces `wanted` there.
+fn look(namespace: &File, wanted: BTreeSet<u32>) -> Result<BTreeMap<u32, PodEnd>, String> {
+    let namespace = namespace
+        .try_clone()
+        .map_err(|e| format!("the pod's namespace: {e}"))?;
+    let thread = std::thread::Builder::new()
+        .name("pod-end".to_owned())
+        .spawn(move || {
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                .map_err(|e| format!("enter the pod's network namespace: {e}"))?;
+            let mut netlink = Netlink::open().map_err(|e| e.to_string())?;
+            let mut ends = BTreeMap::new();
+            for ifindex in wanted {
+                let mut message = LinkMessage::default();
+                message.header.index = ifindex;
+                message.attributes.push(LinkAttribute::ExtMask(Vec::new()));
+                let answer = netlink.get("link", RouteNetlinkMessage::GetLink(message));
+                if let Ok(Some(RouteNetlinkMessage::NewLink(message))) = answer {
+                    ends.insert(ifindex, judge(&link(message)));
+                }
+            }
+            Ok(ends)
+        })
+        .map_err(|e| format!("start a thread: {e}"))?;
+    thread
+        .join()
+        .unwrap_or_else(|_| Err("the thread in the pod's namespace failed".to_owned()))
+}
+
+fn judge(end: &Link) -> PodEnd {
+    let mac = end.mac;
+    if end.xdp.iter().any(|(_, mode)| *mode == "native") {
+        return PodEnd::Receives { mac };
+    }
+    match gro(&end.name) {
+        Ok(true) => PodEnd::Receives { mac },
+        Ok(false) => PodEnd::Deaf {
+            mac,
+            reason: format!(
+                "the pod's end {} has neither GRO nor a native XDP program, so it would lose \
+                 redirected frames (ethtool -K {} gro on, in the pod's namespace)",
+                end.name, end.name
+            ),
+        },
+        Err(e) => PodEnd::Unknown(format!("GRO of the pod's end {}: {e}", end.name)),
+    }
+}
+
+/// Whether GRO is on (ETHTOOL_GGRO, include/uapi/linux/ethtool.h), in this thread's namespace.
+fn gro(name: &str) -> nix::Result<bool> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+    #[repr(C)]
+    struct Value {
+        cmd: u32,
+        data: u32,
+    }
+    const ETHTOOL_GGRO: u32 = 0x2b;
+    const SIOCETHTOOL: u16 = 0x8946;
+    nix::ioctl_readwrite_bad!(ethtool, SIOCETHTOOL, libc::ifreq);
+
+    let fd = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    let mut value = Value {
+        cmd: ETHTOOL_GGRO,
+        data: 0,
+    };
+    let bytes = name.as_bytes();
+    if bytes.len() >= libc::IFNAMSIZ {
+        return Err(nix::Error::ENAMETOOLONG);
+    }
+    let mut request = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru {
+            ifru_data: (&raw mut value).cast(),
+        },
+    };
+    for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    // SAFETY: the request holds a terminated name and points to a `struct ethtool_value` that lives
+    // until the call returns; the kernel writes nothing beyond it.
+    unsafe { ethtool(fd.as_raw_fd(), &raw mut request) }?;
+    Ok(value.data != 0)
+}
