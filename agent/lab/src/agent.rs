@@ -256,11 +256,17 @@ impl Counters {
             .sum()
     }
 
-    /// Packets of a Service port (`namespace/name:port`): from clients, from endpoints.
-    pub fn service(&self, name: &str) -> (u64, u64) {
+    /// Packets of a Service port, from clients and from endpoints. The port is named or numbered
+    /// in the counters, as the Service has it.
+    pub fn service_port(&self, service: &str, port_name: &str, port: u16) -> (u64, u64) {
+        let port = port.to_string();
+        let is_it = |name: &str| {
+            name.rsplit_once(':')
+                .is_some_and(|(of, at)| of == service && (at == port_name || at == port))
+        };
         self.services
             .iter()
-            .filter(|s| s.service == name)
+            .filter(|s| is_it(&s.service))
             .fold((0, 0), |(forward, reply), s| {
                 (forward + s.packets_forward, reply + s.packets_reply)
             })

@@ -7,13 +7,15 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
+use serde::Serialize;
 
 use crate::agent::AgentOptions;
+use crate::demo::{self, DemoOptions};
 use crate::lab::summaries;
 use crate::serve::ServeArgs;
 use crate::{
     Agent, Family, Lab, LabContext, LabError, LabName, LabSpec, Mode, RpFilter, clean, clean_stale,
-    interrupt, labs, preflight, serve,
+    interrupt, labs, preflight, serve, shop,
 };
 
 /// A cluster of network namespaces on this machine: nodes, pods, a client, VXLAN between the nodes.
@@ -30,6 +32,13 @@ pub struct LabArgs {
 enum LabCommand {
     /// Make a lab and leave it running.
     Up(UpArgs),
+    /// Show the main job end to end: a shop behind `sluice run`, traffic of every kind, PASS or FAIL.
+    ///
+    /// Makes a lab of two nodes, runs the agent on node1 (the other node is the kernel alone),
+    /// sends TCP and UDP over IPv4 and IPv6 from outside to NodePorts and LoadBalancer addresses
+    /// and between pods of both nodes, holds every packet against the datapath's counters, and
+    /// removes the lab. Exit status 0 only on PASS.
+    Demo(DemoArgs),
     /// Remove a lab and everything in it.
     Down(DownArgs),
     /// Open a shell (or run a command) on a host of a lab.
@@ -51,8 +60,14 @@ struct UpArgs {
     /// What works on node1 beside the kernel; the other nodes are always the kernel alone.
     #[arg(long, value_enum, default_value = "auto")]
     agent: AgentArg,
-    /// Directory with Kubernetes objects for the agent; the objects of `sluice lab demo` if not
-    /// given.
+    /// Number of nodes; with the shop's pods it is 2.
+    #[arg(long, value_name = "N", requires = "pods")]
+    nodes: Option<usize>,
+    /// This many plain pods on each node, in place of the shop's.
+    #[arg(long, value_name = "N")]
+    pods: Option<usize>,
+    /// Directory with Kubernetes objects for the agent. Without it: the shop's, or the Nodes alone
+    /// with --pods.
     #[arg(long, value_name = "DIR")]
     objects: Option<PathBuf>,
     /// Stay in the foreground; the lab is removed when this command is ended.
@@ -63,12 +78,6 @@ struct UpArgs {
 /// What the network of a lab looks like.
 #[derive(Debug, Args)]
 struct ShapeArgs {
-    /// Number of nodes.
-    #[arg(long, default_value_t = 2, value_name = "N")]
-    nodes: usize,
-    /// Pods on each node.
-    #[arg(long, default_value_t = 2, value_name = "N")]
-    pods: usize,
     /// Family of the tunnel's outer header.
     #[arg(long, value_enum, default_value = "v4")]
     underlay: Family,
@@ -102,6 +111,24 @@ enum AgentArg {
 }
 
 #[derive(Debug, Args)]
+struct DemoArgs {
+    /// Name of the lab; a short random one if not given.
+    #[arg(long)]
+    name: Option<LabName>,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Attach mode; may be repeated. Without it: native, then generic.
+    #[arg(long = "mode", value_enum, value_name = "MODE")]
+    modes: Vec<Mode>,
+    /// How to print the result.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
+    /// Take the programs off before the traffic, to see that the outcome is FAIL.
+    #[arg(long, hide = true)]
+    detach: bool,
+}
+
+#[derive(Debug, Args)]
 struct DownArgs {
     /// Which lab; the only one if not given.
     #[arg(long)]
@@ -128,7 +155,7 @@ struct ShellArgs {
 
 #[derive(Debug, Args)]
 struct ListArgs {
-    /// How to print.
+    /// How to print the list.
     #[arg(long, value_enum, default_value = "table")]
     output: Output,
 }
@@ -155,6 +182,10 @@ pub fn run(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
         LabCommand::List(args) => list(args, context),
         LabCommand::Shell(args) => shell(args, context),
         LabCommand::Down(args) => down(args, context),
+        LabCommand::Demo(args) => {
+            ready_machine(context)?;
+            run_demo(args, context)
+        }
         LabCommand::Up(args) => {
             ready_machine(context)?;
             up(args, context)
@@ -183,13 +214,16 @@ impl ShapeArgs {
             rp_filter: self.rp_filter,
             client_mtu: self.client_mtu,
             pod_gro: !self.no_pod_gro,
-            ..LabSpec::kernel_only(self.nodes, self.pods)
+            ..shop::spec()
         }
     }
 }
 
 fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     let mut spec = args.shape.spec(args.name.as_ref());
+    if let Some(pods) = args.pods {
+        spec.nodes = LabSpec::kernel_only(args.nodes.unwrap_or(2), pods).nodes;
+    }
     let mode = match args.agent {
         AgentArg::None => None,
         AgentArg::Native => Some(Mode::Native),
@@ -230,6 +264,39 @@ fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     }
     lab.down()?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_demo(args: &DemoArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    let modes = match args.modes.as_slice() {
+        [] => vec![Mode::Native, Mode::Generic],
+        modes => modes.to_vec(),
+    };
+    let options = DemoOptions {
+        spec: args.shape.spec(args.name.as_ref()),
+        modes,
+        families: vec![Family::V4, Family::V6],
+        detach: args.detach,
+        talk: context.talk,
+    };
+    let report = demo::run(context, &options)?;
+    match args.output {
+        Output::Table => report.print(),
+        Output::Json => print_json(&report)?,
+    }
+    Ok(if report.pass {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn print_json<T: Serialize>(value: &T) -> Result<(), LabError> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| LabError::Format {
+        path: PathBuf::from("(output)"),
+        message: e.to_string(),
+    })?;
+    println!("{text}");
+    Ok(())
 }
 
 fn hosts_table(lab: &Lab) -> Table {
@@ -330,13 +397,7 @@ fn shell_program() -> String {
 fn list(args: &ListArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     let summaries = summaries(context)?;
     match args.output {
-        Output::Json => {
-            let text = serde_json::to_string_pretty(&summaries).map_err(|e| LabError::Format {
-                path: PathBuf::from("labs"),
-                message: e.to_string(),
-            })?;
-            println!("{text}");
-        }
+        Output::Json => print_json(&summaries)?,
         Output::Table => {
             let mut table = Table::new();
             table.load_preset(UTF8_FULL_CONDENSED).set_header([

@@ -31,6 +31,7 @@
 pub mod agent;
 pub mod cli;
 mod context;
+pub mod demo;
 mod error;
 pub mod interrupt;
 mod ip;
@@ -42,9 +43,11 @@ pub mod preflight;
 pub mod probe;
 pub mod process;
 pub mod serve;
+pub mod shop;
 mod spec;
 mod state;
 mod topology;
+pub mod traffic;
 
 pub use context::LabContext;
 pub use error::LabError;

@@ -9,15 +9,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sluice_lab::plan::UPLINK;
+use sluice_lab::preflight::{self, Finding};
 use sluice_lab::probe::{self, FrameSocket, Packet, Transport};
 use sluice_lab::serve::Answer;
-use sluice_lab::{
-    Family, Lab, LabContext, LabName, LabSpec, Netns, RpFilter, clean, clean_stale, preflight,
-};
+use sluice_lab::{Family, Lab, LabContext, LabName, LabSpec, Netns, RpFilter, clean, clean_stale};
 
-/// A context with directories of its own, so that tests see only their own labs; or the reason why
-/// this machine cannot run it. On a CI that must not skip, that is a failure.
-fn context() -> Option<(LabContext, tempfile::TempDir)> {
+/// A context with directories of its own, so that tests see only their own labs.
+fn context() -> (LabContext, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let program = PathBuf::from(env!("CARGO_BIN_EXE_sluice-lab"));
     let context = LabContext {
@@ -25,12 +23,12 @@ fn context() -> Option<(LabContext, tempfile::TempDir)> {
         ..LabContext::new(program)
     };
     let missing = preflight::check(&context);
-    if missing.is_empty() {
-        return Some((context, dir));
-    }
-    assert!(std::env::var_os("CI").is_none(), "{missing:?}");
-    eprintln!("skipped: {missing:?}");
-    None
+    assert!(
+        missing.is_empty(),
+        "this machine cannot run the lab: {}",
+        Finding::lines(&missing)
+    );
+    (context, dir)
 }
 
 fn name(text: &str) -> LabName {
@@ -85,9 +83,7 @@ fn is_running(pid: i32) -> bool {
 
 #[test]
 fn down_leaves_nothing_behind() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let links_before = links();
     let lab = Lab::up(&context, &named("tdown")).expect("up");
     let pids = serving("tdown");
@@ -111,18 +107,14 @@ fn down_leaves_nothing_behind() {
 
 #[test]
 fn drop_removes_the_lab() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     drop(Lab::up(&context, &named("tdrop")).expect("up"));
     assert_eq!(traces(&context, "tdrop"), Vec::<String>::new());
 }
 
 #[test]
 fn a_failed_up_removes_what_it_made() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let mut spec = named("tfail");
     // Two servers on one port: the second cannot listen, after everything else stands.
     if let Some(pod) = spec
@@ -139,9 +131,7 @@ fn a_failed_up_removes_what_it_made() {
 
 #[test]
 fn a_name_in_use_is_refused_and_its_lab_stays() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let first = Lab::up(&context, &named("ttwice")).expect("up");
     let error = Lab::up(&context, &named("ttwice")).expect_err("the name is taken");
     assert!(error.to_string().contains("ttwice"), "{error}");
@@ -155,9 +145,7 @@ fn a_name_in_use_is_refused_and_its_lab_stays() {
 
 #[test]
 fn two_labs_at_once_do_not_meet() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let spec = LabSpec::kernel_only(2, 1);
     let one = Lab::up(&context, &spec).expect("up");
     let two = Lab::up(&context, &spec).expect("up");
@@ -176,9 +164,7 @@ fn two_labs_at_once_do_not_meet() {
 
 #[test]
 fn pods_reach_each_other_over_the_kernels_own_vxlan() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     for underlay in [Family::V4, Family::V6] {
         for rp_filter in [RpFilter::Off, RpFilter::Strict] {
             let spec = LabSpec {
@@ -207,9 +193,7 @@ fn pods_reach_each_other_over_the_kernels_own_vxlan() {
 
 #[test]
 fn tunnel_settings_reach_the_wire() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let spec = LabSpec {
         vni: 0xabcdef,
         vxlan_port: 4789,
@@ -230,9 +214,7 @@ fn tunnel_settings_reach_the_wire() {
 
 #[test]
 fn fabric_ports_carry_a_native_program() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let shown = |fabric_xdp| {
         let lab = Lab::up(
             &context,
@@ -252,9 +234,7 @@ fn fabric_ports_carry_a_native_program() {
 
 #[test]
 fn servers_answer_curl_and_echo_in_both_families() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let lab = Lab::up(&context, &LabSpec::kernel_only(2, 1)).expect("up");
     let (from, to) = (&lab.plan().nodes[0].pods[0], &lab.plan().nodes[1].pods[0]);
     for (client, server, host) in [
@@ -319,9 +299,7 @@ fn servers_answer_curl_and_echo_in_both_families() {
 
 #[test]
 fn a_killed_makers_lab_is_removed_by_name_and_as_stale() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     for (lab, by_name) in [("tcrash1", true), ("tcrash2", false)] {
         let mut maker = maker(&context, lab);
         let pids = serving(lab);
@@ -344,9 +322,7 @@ fn a_killed_makers_lab_is_removed_by_name_and_as_stale() {
 
 #[test]
 fn a_lab_without_its_state_file_is_removed_by_its_prefix() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let mut maker = maker(&context, "tlost");
     let pids = serving("tlost");
     maker.kill().expect("SIGKILL");
@@ -359,9 +335,7 @@ fn a_lab_without_its_state_file_is_removed_by_its_prefix() {
 
 #[test]
 fn up_replaces_what_a_dead_maker_left_under_its_name() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let mut maker = maker(&context, "tagain");
     maker.kill().expect("SIGKILL");
     maker.wait().expect("it ends");
@@ -371,9 +345,7 @@ fn up_replaces_what_a_dead_maker_left_under_its_name() {
 
 #[test]
 fn a_lab_in_use_is_not_stale() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let lab = Lab::up(&context, &named("tused")).expect("up");
     assert_eq!(clean_stale(&context).expect("clean"), Vec::<String>::new());
     ping(&lab, "pod1-1", "10.244.2.11", 56);
@@ -381,9 +353,7 @@ fn a_lab_in_use_is_not_stale() {
 
 #[test]
 fn ctrl_c_removes_the_lab_at_any_moment() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     for delay_ms in [0, 5, 15, 30, 60, 100, 150] {
         let mut child = hold(&context, "tctrlc").spawn().expect("start");
         // Signals are taken before the directory is made.
@@ -457,9 +427,7 @@ fn get(lab: &Lab, from: &str, url: &str) -> Option<Answer> {
 
 #[test]
 fn frames_made_here_are_taken_by_the_kernel_and_its_answers_check() {
-    let Some((context, _dir)) = context() else {
-        return;
-    };
+    let (context, _dir) = context();
     let lab = Lab::up(&context, &LabSpec::kernel_only(2, 1)).expect("up");
     let (node1, node2) = (&lab.plan().nodes[0], &lab.plan().nodes[1]);
     let pod = &node2.pods[0];
@@ -502,4 +470,23 @@ fn frames_made_here_are_taken_by_the_kernel_and_its_answers_check() {
         assert_eq!(found.destination, request.source);
         assert_eq!(found.payload, b"pod2-1 by hand");
     }
+}
+
+#[test]
+fn a_missing_right_is_named_with_its_remedy() {
+    let (context, _dir) = context();
+    let output = Command::new("setpriv")
+        .args(["--bounding-set=-sys_admin", "--"])
+        .arg(&context.sluice)
+        .args(["lab", "up", "--agent", "none", "--name", "tright"])
+        .env("SLUICE_LAB_DIR", &context.run_root)
+        .output()
+        .expect("setpriv of util-linux");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(
+        said.contains("CAP_SYS_ADMIN") && said.contains("--privileged"),
+        "{said}"
+    );
+    assert_eq!(traces(&context, "tright"), Vec::<String>::new());
 }
