@@ -9,7 +9,7 @@
 //! rewritten unless the tables are full; a swap is the one hash update of the frontend.
 
 use sluice_abi::{Addr, Backend, Frontend, FrontendKey, NextHop, Pod, Tunnel, Vtep, VtepKey};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::Tables;
@@ -130,8 +130,113 @@ pub struct Delta {
     pub new_epoch: bool,
 }
 
-/// The operations that turn `actual` into `desired`.
+/// The operations that turn `actual` into `desired`. Their number is that of the changed entries.
 pub fn delta(actual: &Tables, desired: &Tables) -> Delta {
-    let _ = (actual, desired, BTreeMap::<u32, u32>::new());
-    Delta::default()
+    let next_hops = Changes::of(&actual.next_hops, &desired.next_hops);
+    let tunnels = Changes::of(&actual.tunnels, &desired.tunnels);
+    let vteps = Changes::of(&actual.vteps, &desired.vteps);
+    let vtep_sources = Changes::of(&actual.vtep_sources, &desired.vtep_sources);
+    let pods = Changes::of(&actual.pods, &desired.pods);
+    let backends = Changes::of(&actual.backends, &desired.backends);
+    let frontends = Changes::of(&actual.frontends, &desired.frontends);
+
+    // A next hop's contents are looked up for each packet, so only its end matters to records.
+    let new_epoch = !next_hops.deleted.is_empty()
+        || tunnels.ends_something()
+        || vteps.ends_something()
+        || pods.ends_something()
+        || !backends.changed.is_empty();
+
+    let mut ops = Vec::new();
+    ops.extend(next_hops.puts(|index, value| MapOp::NextHop { index, value }));
+    ops.extend(tunnels.puts(|index, value| MapOp::Tunnel { index, value }));
+    ops.extend(vteps.puts(|index, value| MapOp::Vtep { index, value }));
+    ops.extend(vtep_sources.puts(|key, value| MapOp::VtepSource { key, value }));
+    ops.extend(pods.puts(|key, value| MapOp::Pod { key, value }));
+    ops.extend(
+        backends
+            .added
+            .iter()
+            .map(|(id, _)| MapOp::ResetBackendCounter { id: *id }),
+    );
+    ops.extend(backends.puts(|id, value| MapOp::Backend { id, value }));
+    ops.extend(new_services(actual, desired).map(|id| MapOp::ResetServiceCounter { id }));
+    ops.extend(
+        desired
+            .extents
+            .iter()
+            .filter(|(offset, entries)| actual.extents.get(offset) != Some(entries))
+            .map(|(offset, entries)| MapOp::WriteExtent {
+                offset: *offset,
+                entries: entries.clone(),
+            }),
+    );
+    ops.extend(frontends.puts(|key, value| MapOp::Frontend { key, value }));
+
+    ops.extend(frontends.deletes(|key, value| MapOp::Frontend { key, value }));
+    ops.extend(backends.deletes(|id, value| MapOp::Backend { id, value }));
+    ops.extend(pods.deletes(|key, value| MapOp::Pod { key, value }));
+    ops.extend(vtep_sources.deletes(|key, value| MapOp::VtepSource { key, value }));
+    ops.extend(vteps.deletes(|index, value| MapOp::Vtep { index, value }));
+    ops.extend(tunnels.deletes(|index, value| MapOp::Tunnel { index, value }));
+    ops.extend(next_hops.deletes(|index, value| MapOp::NextHop { index, value }));
+    Delta { ops, new_epoch }
+}
+
+/// Service ids that no frontend had before.
+fn new_services(actual: &Tables, desired: &Tables) -> impl Iterator<Item = u32> {
+    let ids = |tables: &Tables| -> BTreeSet<u32> {
+        tables.frontends.values().map(|f| f.service).collect()
+    };
+    let before = ids(actual);
+    ids(desired)
+        .into_iter()
+        .filter(move |id| !before.contains(id))
+}
+
+/// How one table changes.
+struct Changes<K, V> {
+    added: Vec<(K, V)>,
+    changed: Vec<(K, V)>,
+    deleted: Vec<K>,
+}
+
+impl<K: Ord + Copy, V: PartialEq + Copy> Changes<K, V> {
+    fn of(actual: &BTreeMap<K, V>, desired: &BTreeMap<K, V>) -> Self {
+        let mut changes = Self {
+            added: Vec::new(),
+            changed: Vec::new(),
+            deleted: Vec::new(),
+        };
+        for (key, value) in desired {
+            match actual.get(key) {
+                None => changes.added.push((*key, *value)),
+                Some(present) if present != value => changes.changed.push((*key, *value)),
+                Some(_) => {}
+            }
+        }
+        changes.deleted.extend(
+            actual
+                .keys()
+                .filter(|key| !desired.contains_key(key))
+                .copied(),
+        );
+        changes
+    }
+
+    /// Whether something that a flow record may have copied is no longer so.
+    fn ends_something(&self) -> bool {
+        !self.changed.is_empty() || !self.deleted.is_empty()
+    }
+
+    fn puts(&self, op: impl Fn(K, Option<V>) -> MapOp) -> impl Iterator<Item = MapOp> {
+        self.added
+            .iter()
+            .chain(&self.changed)
+            .map(move |(key, value)| op(*key, Some(*value)))
+    }
+
+    fn deletes(&self, op: impl Fn(K, Option<V>) -> MapOp) -> impl Iterator<Item = MapOp> {
+        self.deleted.iter().map(move |key| op(*key, None))
+    }
 }

@@ -28,6 +28,21 @@ pub fn table_size(backends: usize, max: u32) -> u32 {
     }
 }
 
+/// A smaller size for full maps: the next prime at or above `per_backend` times the backends.
+pub(crate) fn table_size_of(backends: usize, per_backend: u64) -> u32 {
+    match backends as u64 {
+        0 | 1 => backends as u32,
+        backends => {
+            u32::try_from(next_prime(backends.saturating_mul(per_backend))).unwrap_or(u32::MAX)
+        }
+    }
+}
+
+/// Whether a table of `size` can hold so many backends.
+pub(crate) fn is_table_size(size: u32, backends: usize) -> bool {
+    size as usize >= backends && (is_prime(size.into()) || (size, backends) == (1, 1))
+}
+
 /// The table: for each entry a position in `backends`, which are sorted and distinct. `size` is
 /// one that [`table_size`] returns, or another prime not below the number of backends.
 pub fn table(cluster_seed: u64, service_port: &str, backends: &[Tuple], size: u32) -> Vec<u32> {
