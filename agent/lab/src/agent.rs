@@ -131,11 +131,7 @@ impl Lab {
         let mut command = Command::new(&self.context().sluice);
         command.arg("run").arg("--config").arg(&config);
         let process = self.spawn(&host, "sluice run", &mut command)?;
-        Ok(RunningAgent {
-            process,
-            node: node.to_owned(),
-            config,
-        })
+        Ok(RunningAgent { process, node: node.to_owned(), config })
     }
 
     /// The configuration file of a node's agent.
@@ -153,10 +149,7 @@ impl Lab {
         let mut made = fs::create_dir_all(&pins);
         // Another lab's end may remove the empty parent at any moment.
         for _ in 0..5 {
-            if made
-                .as_ref()
-                .is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
-            {
+            if made.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
                 made = fs::create_dir_all(&pins);
             }
         }
@@ -197,10 +190,7 @@ impl Lab {
         let log = self.log_path(&agent.node, "sluice run");
         let text = fs::read_to_string(&log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        let tail = lines
-            .get(lines.len().saturating_sub(15)..)
-            .unwrap_or_default()
-            .join("\n  ");
+        let tail = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n  ");
         LabError::Process {
             process: "sluice run".to_owned(),
             host: agent.node.clone(),
@@ -228,10 +218,7 @@ impl Lab {
     /// # Errors
     /// As [`Lab::sluice`], or the answer is not what this version reads.
     pub fn agent_status(&self, node: &str) -> Result<Status, LabError> {
-        parse(
-            "sluice status",
-            &self.sluice(node, &["status", "--output", "json"])?,
-        )
+        parse("sluice status", &self.sluice(node, &["status", "--output", "json"])?)
     }
 
     /// `sluice counters` of a node.
@@ -239,21 +226,14 @@ impl Lab {
     /// # Errors
     /// As [`Lab::agent_status`].
     pub fn agent_counters(&self, node: &str) -> Result<Counters, LabError> {
-        parse(
-            "sluice counters",
-            &self.sluice(node, &["counters", "--output", "json"])?,
-        )
+        parse("sluice counters", &self.sluice(node, &["counters", "--output", "json"])?)
     }
 }
 
 impl Counters {
     /// Packets that ended with a reason of that name.
     pub fn reason(&self, name: &str) -> u64 {
-        self.reasons
-            .iter()
-            .filter(|r| r.reason == name)
-            .map(|r| r.packets)
-            .sum()
+        self.reasons.iter().filter(|r| r.reason == name).map(|r| r.packets).sum()
     }
 
     /// Packets of a Service port, from clients and from endpoints. The port is named or numbered
@@ -264,12 +244,9 @@ impl Counters {
             name.rsplit_once(':')
                 .is_some_and(|(of, at)| of == service && (at == port_name || at == port))
         };
-        self.services
-            .iter()
-            .filter(|s| is_it(&s.service))
-            .fold((0, 0), |(forward, reply), s| {
-                (forward + s.packets_forward, reply + s.packets_reply)
-            })
+        self.services.iter().filter(|s| is_it(&s.service)).fold((0, 0), |(forward, reply), s| {
+            (forward + s.packets_forward, reply + s.packets_reply)
+        })
     }
 }
 
@@ -314,12 +291,6 @@ fn mount_bpffs(context: &LabContext) -> Result<(), LabError> {
     if is_bpffs(target) {
         return Ok(());
     }
-    mount(
-        Some("bpf"),
-        target,
-        Some("bpf"),
-        MsFlags::empty(),
-        None::<&str>,
-    )
-    .map_err(LabError::errno(what()))
+    mount(Some("bpf"), target, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .map_err(LabError::errno(what()))
 }

@@ -1,5 +1,7 @@
 //! `sluice lab ...`: arguments, and what each command prints.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -15,7 +17,7 @@ use crate::lab::summaries;
 use crate::serve::ServeArgs;
 use crate::{
     Agent, Family, Lab, LabContext, LabError, LabName, LabSpec, Mode, RpFilter, clean, clean_stale,
-    interrupt, labs, preflight, serve, shop,
+    interrupt, labs, preflight, serve, shop, traffic,
 };
 
 /// A cluster of network namespaces on this machine: nodes, pods, a client, VXLAN between the nodes.
@@ -43,6 +45,8 @@ enum LabCommand {
     Down(DownArgs),
     /// Open a shell (or run a command) on a host of a lab.
     Shell(ShellArgs),
+    /// Ask a pod or a Service from a host of a lab and show which pods answer.
+    Probe(ProbeArgs),
     /// Show the labs of this machine.
     List(ListArgs),
     /// Serve HTTP and a UDP echo: what runs in a pod.
@@ -154,6 +158,26 @@ struct ShellArgs {
 }
 
 #[derive(Debug, Args)]
+struct ProbeArgs {
+    /// The host that asks: client, node1, a pod's name.
+    host: String,
+    /// Whom it asks: ADDRESS:PORT, an IPv6 address in brackets.
+    target: SocketAddr,
+    /// Ask the UDP echo in place of the HTTP server.
+    #[arg(long)]
+    udp: bool,
+    /// Number of requests, each from a port of its own.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    count: usize,
+    /// Which lab; the only one if not given.
+    #[arg(long)]
+    name: Option<LabName>,
+    /// How to print the answers.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
 struct ListArgs {
     /// How to print the list.
     #[arg(long, value_enum, default_value = "table")]
@@ -181,6 +205,7 @@ pub fn run(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
         }
         LabCommand::List(args) => list(args, context),
         LabCommand::Shell(args) => shell(args, context),
+        LabCommand::Probe(args) => probe(args, context),
         LabCommand::Down(args) => down(args, context),
         LabCommand::Demo(args) => {
             ready_machine(context)?;
@@ -197,11 +222,7 @@ pub fn run(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
 fn ready_machine(context: &LabContext) -> Result<(), LabError> {
     interrupt::install();
     let findings = preflight::check(context);
-    if findings.is_empty() {
-        Ok(())
-    } else {
-        Err(LabError::Preflight(findings))
-    }
+    if findings.is_empty() { Ok(()) } else { Err(LabError::Preflight(findings)) }
 }
 
 impl ShapeArgs {
@@ -235,15 +256,8 @@ fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     }
     let mut lab = Lab::up(context, &spec)?;
     if let Some(mode) = mode {
-        let objects = args
-            .objects
-            .clone()
-            .unwrap_or_else(|| lab.dir().join("objects"));
-        let options = AgentOptions {
-            mode,
-            objects,
-            extra_config: String::new(),
-        };
+        let objects = args.objects.clone().unwrap_or_else(|| lab.dir().join("objects"));
+        let options = AgentOptions { mode, objects, extra_config: String::new() };
         let agent = lab.start_agent("node1", &options)?;
         lab.wait_ready(&agent)?;
     }
@@ -283,11 +297,7 @@ fn run_demo(args: &DemoArgs, context: &LabContext) -> Result<ExitCode, LabError>
         Output::Table => report.print(),
         Output::Json => print_json(&report)?,
     }
-    Ok(if report.pass {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if report.pass { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn print_json<T: Serialize>(value: &T) -> Result<(), LabError> {
@@ -302,13 +312,8 @@ fn print_json<T: Serialize>(value: &T) -> Result<(), LabError> {
 fn hosts_table(lab: &Lab) -> Table {
     let plan = lab.plan();
     let mut table = Table::new();
-    table
-        .load_preset(UTF8_FULL_CONDENSED)
-        .set_header(["host", "what", "IPv4", "IPv6"]);
-    let (v4, v6) = (
-        crate::plan::CLIENT_V4.to_string(),
-        crate::plan::CLIENT_V6.to_string(),
-    );
+    table.load_preset(UTF8_FULL_CONDENSED).set_header(["host", "what", "IPv4", "IPv6"]);
+    let (v4, v6) = (crate::plan::CLIENT_V4.to_string(), crate::plan::CLIENT_V6.to_string());
     table.add_row(["client", "outside the cluster", &v4, &v6]);
     for node in &plan.nodes {
         let what = match node.agent {
@@ -328,11 +333,7 @@ fn hosts_table(lab: &Lab) -> Table {
 fn down(args: &DownArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     let names = if args.stale {
         let removed = clean_stale(context)?;
-        println!(
-            "removed {} left-over lab(s) {}",
-            removed.len(),
-            removed.join(", ")
-        );
+        println!("removed {} left-over lab(s) {}", removed.len(), removed.join(", "));
         return Ok(ExitCode::SUCCESS);
     } else if args.all {
         labs(context)
@@ -365,29 +366,65 @@ fn shell(args: &ShellArgs, context: &LabContext) -> Result<ExitCode, LabError> {
         None => (shell_program(), &[][..]),
     };
     let mut command = Command::new(&program);
-    command
-        .args(rest)
-        .env("SLUICE_LAB", lab.name().as_str())
-        .env("SLUICE_LAB_HOST", &host.name);
+    command.args(rest).env("SLUICE_LAB", lab.name().as_str()).env("SLUICE_LAB_HOST", &host.name);
     if args.command.is_empty() {
         // Shells that read it show where one is.
         command.env("PS1", format!("[{} {}] \\w # ", lab.name(), host.name));
-        eprintln!(
-            "shell on {} of lab {}; `exit` leaves it",
-            host.name,
-            lab.name()
-        );
+        eprintln!("shell on {} of lab {}; `exit` leaves it", host.name, lab.name());
     }
     let mut child = host.netns.spawn(&mut command)?;
-    let status = child
-        .wait()
-        .map_err(LabError::io(format!("wait for {program}")))?;
-    Ok(ExitCode::from(
-        status
-            .code()
-            .and_then(|code| u8::try_from(code).ok())
-            .unwrap_or(1),
-    ))
+    let status = child.wait().map_err(LabError::io(format!("wait for {program}")))?;
+    Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+}
+
+/// What `sluice lab probe` found.
+#[derive(Debug, Default, Serialize)]
+struct ProbeReport {
+    /// Requests sent.
+    sent: usize,
+    /// Answers by pod and by the client address that it saw (unknown for UDP).
+    answers: BTreeMap<String, BTreeMap<String, usize>>,
+    /// Requests without a right answer, by what happened.
+    errors: BTreeMap<String, usize>,
+}
+
+fn probe(args: &ProbeArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    let host = Lab::find(context, args.name.as_ref())?.host(&args.host)?;
+    let mut report = ProbeReport { sent: args.count, ..ProbeReport::default() };
+    for _ in 0..args.count {
+        let reply = host.netns.enter(|| match args.udp {
+            true => traffic::ask_udp(args.target),
+            false => traffic::ask_tcp(args.target, 0),
+        })?;
+        match reply {
+            Ok(reply) => {
+                let client = reply.client.map_or_else(|| "-".to_owned(), |ip| ip.to_string());
+                *report.answers.entry(reply.pod).or_default().entry(client).or_default() += 1;
+            }
+            Err(error) => *report.errors.entry(error.to_string()).or_default() += 1,
+        }
+    }
+    match args.output {
+        Output::Json => print_json(&report)?,
+        Output::Table => {
+            let mut table = Table::new();
+            table.load_preset(UTF8_FULL_CONDENSED).set_header([
+                "answered by",
+                "asked by, as the pod sees it",
+                "times",
+            ]);
+            for (pod, clients) in &report.answers {
+                for (client, times) in clients {
+                    table.add_row([pod, client, &times.to_string()]);
+                }
+            }
+            for (error, times) in &report.errors {
+                table.add_row(["nobody", error, &times.to_string()]);
+            }
+            println!("{table}");
+        }
+    }
+    Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn shell_program() -> String {

@@ -116,9 +116,6 @@ impl LabError {
     /// The same for an error number of nix.
     pub fn errno(what: impl Into<String>) -> impl FnOnce(nix::Error) -> Self {
         let what = what.into();
-        move |errno| Self::Io {
-            what,
-            source: errno.into(),
-        }
+        move |errno| Self::Io { what, source: errno.into() }
     }
 }

@@ -17,9 +17,7 @@ pub fn install() {
     INSTALLED.get_or_init(|| {
         let (ready, wait) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build()
             else {
                 return;
             };
@@ -58,9 +56,5 @@ pub fn interrupted() -> bool {
 /// # Errors
 /// [`LabError::Interrupted`].
 pub fn check() -> Result<(), LabError> {
-    if interrupted() {
-        Err(LabError::Interrupted)
-    } else {
-        Ok(())
-    }
+    if interrupted() { Err(LabError::Interrupted) } else { Ok(()) }
 }

@@ -131,27 +131,17 @@ impl Lab {
         let hosts = self.plan.hosts();
         let found = hosts.iter().find(|(host, _)| *host == name);
         found
-            .map(|(host, netns)| Host {
-                name: (*host).to_owned(),
-                netns: (*netns).clone(),
-            })
+            .map(|(host, netns)| Host { name: (*host).to_owned(), netns: (*netns).clone() })
             .ok_or_else(|| LabError::NoHost {
                 lab: self.state.name.to_string(),
                 host: name.to_owned(),
-                known: hosts
-                    .iter()
-                    .map(|(host, _)| *host)
-                    .collect::<Vec<_>>()
-                    .join(", "),
+                known: hosts.iter().map(|(host, _)| *host).collect::<Vec<_>>().join(", "),
             })
     }
 
     /// The client.
     pub fn client(&self) -> Host {
-        Host {
-            name: "client".to_owned(),
-            netns: self.plan.client.netns.clone(),
-        }
+        Host { name: "client".to_owned(), netns: self.plan.client.netns.clone() }
     }
 
     /// Starts a process on a host in the background. It is recorded and ends with the lab; its
@@ -225,8 +215,7 @@ impl Lab {
 
     /// Where the output of a process goes.
     pub fn log_path(&self, host: &str, what: &str) -> PathBuf {
-        self.dir()
-            .join(format!("{host}.{}.log", what.replace(' ', "-")))
+        self.dir().join(format!("{host}.{}.log", what.replace(' ', "-")))
     }
 
     fn log(&self, host: &Host, what: &str) -> Result<(File, File), LabError> {
@@ -250,10 +239,7 @@ impl Lab {
                 continue;
             }
             interrupt::check()?;
-            let host = Host {
-                name: pod.name.clone(),
-                netns: pod.netns.clone(),
-            };
+            let host = Host { name: pod.name.clone(), netns: pod.netns.clone() };
             let (_, log) = self.log(&host, "serve")?;
             let mut command = Command::new(&self.context.sluice);
             command.args(["lab", "serve", "--pod", &pod.name, "--node", &node]);
@@ -263,10 +249,7 @@ impl Lab {
             for port in &pod.spec.udp_ports {
                 command.args(["--udp", &port.to_string()]);
             }
-            command
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped())
-                .stderr(log);
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
             let (_, stdout) = self.spawn_as_is(&host, "serve", &mut command)?;
             waiting.push((host, stdout));
         }
@@ -275,10 +258,7 @@ impl Lab {
             if let Some(stdout) = stdout {
                 BufReader::new(stdout)
                     .read_line(&mut line)
-                    .map_err(LabError::io(format!(
-                        "wait for the server of {}",
-                        host.name
-                    )))?;
+                    .map_err(LabError::io(format!("wait for the server of {}", host.name)))?;
             }
             if line.trim() != crate::serve::READY {
                 let log = self.log_path(&host.name, "serve");
@@ -340,17 +320,12 @@ impl Host {
 pub fn labs(context: &LabContext) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(&context.run_root)
         .map(|entries| {
-            entries
-                .flatten()
-                .filter_map(|entry| entry.file_name().into_string().ok())
-                .collect()
+            entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
         })
         .unwrap_or_default();
     for netns in Netns::with_prefix("slab-") {
-        if let Some(lab) = netns
-            .name()
-            .strip_prefix("slab-")
-            .and_then(|rest| rest.split('-').next())
+        if let Some(lab) =
+            netns.name().strip_prefix("slab-").and_then(|rest| rest.split('-').next())
         {
             names.push(lab.to_owned());
         }
@@ -401,11 +376,8 @@ pub fn clean(context: &LabContext, name: &LabName) -> Result<(), LabError> {
         }
     }
     let identities: Vec<_> = namespaces.iter().filter_map(Netns::identity).collect();
-    let mut processes: Vec<ProcessId> = state
-        .iter()
-        .flat_map(|state| &state.processes)
-        .map(|p| p.id)
-        .collect();
+    let mut processes: Vec<ProcessId> =
+        state.iter().flat_map(|state| &state.processes).map(|p| p.id).collect();
     for id in process::inside(&identities) {
         if !processes.contains(&id) {
             processes.push(id);
@@ -426,11 +398,7 @@ pub fn clean(context: &LabContext, name: &LabName) -> Result<(), LabError> {
     keep(remove_tree(&context.lab_dir(name.as_str())));
     // The shared parents go with the last lab; `sluice run` may keep files beside ours.
     let parents = [Some(context.bpffs_root.as_path()), Some(&context.run_root)];
-    for parent in parents
-        .into_iter()
-        .chain([context.run_root.parent()])
-        .flatten()
-    {
+    for parent in parents.into_iter().chain([context.run_root.parent()]).flatten() {
         // Only an empty one can be removed.
         let _ = fs::remove_dir(parent);
     }
@@ -496,19 +464,12 @@ fn try_claim(
     spec: &LabSpec,
     name: LabName,
 ) -> Result<Option<(LabState, Plan)>, LabError> {
-    let spec = LabSpec {
-        name: Some(name.clone()),
-        ..spec.clone()
-    };
+    let spec = LabSpec { name: Some(name.clone()), ..spec.clone() };
     let plan = Plan::new(&name, &spec);
     let state = LabState {
         owner: ProcessId::own(),
         left_running: false,
-        namespaces: plan
-            .hosts()
-            .iter()
-            .map(|(_, n)| n.name().to_owned())
-            .collect(),
+        namespaces: plan.hosts().iter().map(|(_, n)| n.name().to_owned()).collect(),
         spec,
         processes: Vec::new(),
         name,
@@ -518,9 +479,7 @@ fn try_claim(
     // Another lab's end may remove the empty parent at any moment, hence several tries.
     let mut tries = 0;
     loop {
-        let draft = context
-            .run_root
-            .join(format!(".{}.{}", state.name, random_name()));
+        let draft = context.run_root.join(format!(".{}.{}", state.name, random_name()));
         let placed = fs::create_dir_all(&draft)
             .and_then(|()| state.save_in(&draft))
             .and_then(|()| fs::rename(&draft, &dir));

@@ -78,9 +78,7 @@ impl Netns {
             Ok(Err(errno)) => {
                 // Best effort: the error that matters is the one being returned.
                 let _ = fs::remove_file(&path);
-                Err(LabError::errno(format!("network namespace {}", self.name))(
-                    errno,
-                ))
+                Err(LabError::errno(format!("network namespace {}", self.name))(errno))
             }
             Err(panic) => std::panic::resume_unwind(panic),
         }
@@ -97,9 +95,7 @@ impl Netns {
             // EINVAL: a file that is no mount point (a crash between the file and the mount).
             Ok(()) | Err(nix::Error::ENOENT | nix::Error::EINVAL) => {}
             Err(errno) => {
-                return Err(LabError::errno(format!("unmount {}", path.display()))(
-                    errno,
-                ));
+                return Err(LabError::errno(format!("unmount {}", path.display()))(errno));
             }
         }
         match fs::remove_file(&path) {
@@ -188,10 +184,8 @@ impl Netns {
         self.enter(|| {
             for (key, value) in settings {
                 let path = format!("/proc/sys/net/{key}");
-                fs::write(&path, value).map_err(LabError::io(format!(
-                    "{}: write {value} to {path}",
-                    self.name
-                )))?;
+                fs::write(&path, value)
+                    .map_err(LabError::io(format!("{}: write {value} to {path}", self.name)))?;
             }
             Ok(())
         })?
@@ -218,8 +212,7 @@ impl Netns {
 fn share_netns_dir() -> Result<(), LabError> {
     fs::create_dir_all(NETNS_DIR).map_err(LabError::io(format!("create {NETNS_DIR}")))?;
     let dir = File::open(NETNS_DIR).map_err(LabError::io(format!("open {NETNS_DIR}")))?;
-    dir.lock()
-        .map_err(LabError::io(format!("lock {NETNS_DIR}")))?;
+    dir.lock().map_err(LabError::io(format!("lock {NETNS_DIR}")))?;
     let share = || {
         mount(
             None::<&str>,

@@ -60,49 +60,30 @@ impl PassProgram {
             .ok_or_else(|| LabError::Bpf(format!("no program {PROGRAM} in the object")))?
             .try_into()
             .map_err(|e| LabError::Bpf(chain(&e)))?;
-        let fd = program
-            .fd()
-            .map_err(|e| LabError::Bpf(chain(&e)))?
-            .as_fd()
-            .as_raw_fd();
-        netns.enter(|| {
-            devices
-                .iter()
-                .try_for_each(|device| set_link_xdp(device, fd))
-        })?
+        let fd = program.fd().map_err(|e| LabError::Bpf(chain(&e)))?.as_fd().as_raw_fd();
+        netns.enter(|| devices.iter().try_for_each(|device| set_link_xdp(device, fd)))?
     }
 }
 
 fn set_link_xdp(device: &str, fd: RawFd) -> Result<(), LabError> {
     let what = format!("attach of the XDP pass program to {device}");
-    let refused = |message: String| LabError::Netlink {
-        what: what.clone(),
-        message,
-    };
+    let refused = |message: String| LabError::Netlink { what: what.clone(), message };
     let index = if_nametoindex(device).map_err(|e| refused(e.desc().to_owned()))?;
     let mut link = LinkMessage::default();
     link.header.index = index;
-    link.attributes = vec![LinkAttribute::Xdp(vec![
-        LinkXdp::Fd(fd),
-        LinkXdp::Flags(XDP_FLAGS_DRV_MODE),
-    ])];
+    link.attributes =
+        vec![LinkAttribute::Xdp(vec![LinkXdp::Fd(fd), LinkXdp::Flags(XDP_FLAGS_DRV_MODE)])];
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_ACK;
-    let mut message = NetlinkMessage::new(
-        header,
-        NetlinkPayload::from(RouteNetlinkMessage::SetLink(link)),
-    );
+    let mut message =
+        NetlinkMessage::new(header, NetlinkPayload::from(RouteNetlinkMessage::SetLink(link)));
     message.finalize();
     let mut buffer = vec![0; message.buffer_len()];
     message.serialize(&mut buffer);
 
     let socket = Socket::new(NETLINK_ROUTE).map_err(|e| refused(e.to_string()))?;
-    socket
-        .send_to(&buffer, &SocketAddr::new(0, 0), 0)
-        .map_err(|e| refused(e.to_string()))?;
-    let (answer, _) = socket
-        .recv_from_full()
-        .map_err(|e| refused(e.to_string()))?;
+    socket.send_to(&buffer, &SocketAddr::new(0, 0), 0).map_err(|e| refused(e.to_string()))?;
+    let (answer, _) = socket.recv_from_full().map_err(|e| refused(e.to_string()))?;
     let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
         .map_err(|e| refused(e.to_string()))?;
     match answer.payload {
@@ -157,11 +138,7 @@ fn object() -> Vec<u8> {
         while body.len() % 8 != 0 {
             body.push(0);
         }
-        let offset = if kind == 0 {
-            0
-        } else {
-            ELF_HEADER_LEN + body.len() as u64
-        };
+        let offset = if kind == 0 { 0 } else { ELF_HEADER_LEN + body.len() as u64 };
         headers.extend(name.to_ne_bytes());
         headers.extend(kind.to_ne_bytes());
         headers.extend(flags.to_ne_bytes());

@@ -210,10 +210,7 @@ impl Plan {
         });
         Self {
             fabric: netns("fabric"),
-            client: ClientPlan {
-                netns: netns("client"),
-                mac: mac(b'c', 0, 1),
-            },
+            client: ClientPlan { netns: netns("client"), mac: mac(b'c', 0, 1) },
             nodes: nodes.collect(),
         }
     }

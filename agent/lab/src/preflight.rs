@@ -21,10 +21,7 @@ pub struct Finding {
 
 impl Finding {
     fn new(lacks: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self {
-            lacks: lacks.into(),
-            remedy: remedy.into(),
-        }
+        Self { lacks: lacks.into(), remedy: remedy.into() }
     }
 
     /// Findings as text, two lines each.
@@ -86,11 +83,7 @@ fn rights() -> Vec<Finding> {
 }
 
 fn tools(findings: &mut Vec<Finding>) {
-    for (tool, package) in [
-        ("ip", "iproute2"),
-        ("bridge", "iproute2"),
-        ("ethtool", "ethtool"),
-    ] {
+    for (tool, package) in [("ip", "iproute2"), ("bridge", "iproute2"), ("ethtool", "ethtool")] {
         let found = Command::new(tool)
             .arg(if tool == "ethtool" { "--version" } else { "-V" })
             .stdout(Stdio::null())
@@ -110,11 +103,7 @@ fn kernel(findings: &mut Vec<Finding>) {
     let trials = [
         ("veth", "CONFIG_VETH", "link add t0 type veth peer name t1"),
         ("bridge", "CONFIG_BRIDGE", "link add t2 type bridge"),
-        (
-            "vxlan",
-            "CONFIG_VXLAN",
-            "link add t3 type vxlan id 1 dstport 8472 local 192.0.2.1",
-        ),
+        ("vxlan", "CONFIG_VXLAN", "link add t3 type vxlan id 1 dstport 8472 local 192.0.2.1"),
     ];
     let outcome = std::thread::scope(|scope| {
         scope
@@ -159,18 +148,13 @@ fn bpffs(context: &LabContext, findings: &mut Vec<Finding>) {
     let mounted = is_bpffs(mount);
     let supported = || {
         let kinds = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-        kinds
-            .lines()
-            .any(|line| line.split_whitespace().last() == Some("bpf"))
+        kinds.lines().any(|line| line.split_whitespace().last() == Some("bpf"))
     };
     // Not mounted is no finding by itself: the lab mounts it where there is a place for it.
     let possible = mounted || (supported() && mount.is_dir());
     if !possible {
         findings.push(Finding::new(
-            format!(
-                "no BPF file system at {} and none can be mounted there",
-                mount.display()
-            ),
+            format!("no BPF file system at {} and none can be mounted there", mount.display()),
             "a kernel with CONFIG_BPF_SYSCALL and a mounted sysfs; in a container: \
              -v /sys/fs/bpf:/sys/fs/bpf",
         ));

@@ -100,27 +100,13 @@ pub enum Transport {
 impl Transport {
     /// A UDP header with a checksum.
     pub fn udp(source: u16, destination: u16) -> Self {
-        Self::Udp {
-            source,
-            destination,
-            checksum: true,
-        }
+        Self::Udp { source, destination, checksum: true }
     }
 
     /// A TCP header with a sequence number that a reader recognises.
     pub fn tcp(source: u16, destination: u16, flags: u8) -> Self {
-        let acknowledgement = if flags & TcpFlags::ACK == 0 {
-            0
-        } else {
-            0x2000_0001
-        };
-        Self::Tcp {
-            source,
-            destination,
-            flags,
-            sequence: 0x1000_0001,
-            acknowledgement,
-        }
+        let acknowledgement = if flags & TcpFlags::ACK == 0 { 0 } else { 0x2000_0001 };
+        Self::Tcp { source, destination, flags, sequence: 0x1000_0001, acknowledgement }
     }
 
     fn header_len(self) -> usize {
@@ -207,22 +193,12 @@ pub fn vxlan(
     view.set_flags(VXLAN_FLAG_VNI);
     view.set_vni(vni);
     payload.extend_from_slice(inner);
-    frame(
-        source,
-        destination,
-        &Packet {
-            payload,
-            ..outer.clone()
-        },
-    )
+    frame(source, destination, &Packet { payload, ..outer.clone() })
 }
 
 fn write_ip(bytes: &mut [u8], transport_len: usize, packet: &Packet) -> Result<(), FrameError> {
     let protocol = packet.transport.protocol();
-    let too_long = |_| FrameError::Field {
-        field: "IP length",
-        value: transport_len as u64,
-    };
+    let too_long = |_| FrameError::Field { field: "IP length", value: transport_len as u64 };
     match (packet.source, packet.destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             let total = u16::try_from(IPV4_LEN + transport_len).map_err(too_long)?;
@@ -261,13 +237,7 @@ fn write_transport(bytes: &mut [u8], packet: &Packet) -> Result<(), FrameError> 
         .ok_or(FrameError::Short("transport"))?
         .copy_from_slice(&packet.payload);
     match packet.transport {
-        Transport::Tcp {
-            source,
-            destination,
-            flags,
-            sequence,
-            acknowledgement,
-        } => {
+        Transport::Tcp { source, destination, flags, sequence, acknowledgement } => {
             let mut view = MutableTcpPacket::new(bytes).ok_or(FrameError::Short("TCP"))?;
             view.set_source(source);
             view.set_destination(destination);
@@ -279,15 +249,9 @@ fn write_transport(bytes: &mut [u8], packet: &Packet) -> Result<(), FrameError> 
             let right = transport_checksum(view.packet(), TCP_CHECKSUM_WORD, packet)?;
             view.set_checksum(right);
         }
-        Transport::Udp {
-            source,
-            destination,
-            checksum,
-        } => {
-            let length = u16::try_from(length).map_err(|_| FrameError::Field {
-                field: "UDP length",
-                value: length as u64,
-            })?;
+        Transport::Udp { source, destination, checksum } => {
+            let length = u16::try_from(length)
+                .map_err(|_| FrameError::Field { field: "UDP length", value: length as u64 })?;
             let mut view = MutableUdpPacket::new(bytes).ok_or(FrameError::Short("UDP"))?;
             view.set_source(source);
             view.set_destination(destination);
@@ -316,22 +280,12 @@ fn udp_on_the_wire(checksum: u16) -> u16 {
 fn transport_checksum(bytes: &[u8], word: usize, packet: &Packet) -> Result<u16, FrameError> {
     let protocol = packet.transport.protocol();
     match (packet.source, packet.destination) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => Ok(util::ipv4_checksum(
-            bytes,
-            word,
-            &[],
-            &source,
-            &destination,
-            protocol,
-        )),
-        (IpAddr::V6(source), IpAddr::V6(destination)) => Ok(util::ipv6_checksum(
-            bytes,
-            word,
-            &[],
-            &source,
-            &destination,
-            protocol,
-        )),
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            Ok(util::ipv4_checksum(bytes, word, &[], &source, &destination, protocol))
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            Ok(util::ipv6_checksum(bytes, word, &[], &source, &destination, protocol))
+        }
         (source, destination) => Err(FrameError::Families(source, destination)),
     }
 }
@@ -347,10 +301,7 @@ pub fn inspect(bytes: &[u8], vxlan_port: Option<u16>) -> Result<Frame, FrameErro
         EtherTypes::Ipv4 => read_ipv4(ethernet.payload())?,
         EtherTypes::Ipv6 => read_ipv6(ethernet.payload())?,
         EtherType(other) => {
-            return Err(FrameError::Field {
-                field: "Ethernet type",
-                value: other.into(),
-            });
+            return Err(FrameError::Field { field: "Ethernet type", value: other.into() });
         }
     };
     let packet = read_transport(packet, &transport)?;
@@ -358,11 +309,7 @@ pub fn inspect(bytes: &[u8], vxlan_port: Option<u16>) -> Result<Frame, FrameErro
         packet.transport,
         Transport::Udp { destination, .. } if Some(destination) == vxlan_port
     );
-    let inner = if tunnelled {
-        Some(read_vxlan(&packet.payload)?)
-    } else {
-        None
-    };
+    let inner = if tunnelled { Some(read_vxlan(&packet.payload)?) } else { None };
     Ok(Frame {
         source_mac: mac(ethernet.get_source()),
         destination_mac: mac(ethernet.get_destination()),
@@ -374,10 +321,7 @@ pub fn inspect(bytes: &[u8], vxlan_port: Option<u16>) -> Result<Frame, FrameErro
 fn read_vxlan(bytes: &[u8]) -> Result<(u32, Box<Frame>), FrameError> {
     let view = VxlanPacket::new(bytes).ok_or(FrameError::Short("VXLAN"))?;
     if view.get_flags() & VXLAN_FLAG_VNI == 0 {
-        return Err(FrameError::Field {
-            field: "VXLAN flags",
-            value: view.get_flags().into(),
-        });
+        return Err(FrameError::Field { field: "VXLAN flags", value: view.get_flags().into() });
     }
     Ok((view.get_vni(), Box::new(inspect(view.payload(), None)?)))
 }
@@ -388,10 +332,7 @@ fn read_ipv4(bytes: &[u8]) -> Result<(Packet, Vec<u8>), FrameError> {
     let header_len = usize::from(view.get_header_length()) * 4;
     if view.get_version() != 4 || header_len < IPV4_LEN {
         let value = bytes.first().copied().unwrap_or_default().into();
-        return Err(FrameError::Field {
-            field: "IPv4 version and header length",
-            value,
-        });
+        return Err(FrameError::Field { field: "IPv4 version and header length", value });
     }
     let right = ipv4::checksum(&view);
     same("IPv4", view.get_checksum(), right)?;
@@ -415,15 +356,10 @@ fn read_ipv6(bytes: &[u8]) -> Result<(Packet, Vec<u8>), FrameError> {
     let view = Ipv6Packet::new(bytes).ok_or(FrameError::Short("IPv6"))?;
     if view.get_version() != 6 {
         let value = view.get_version().into();
-        return Err(FrameError::Field {
-            field: "IPv6 version",
-            value,
-        });
+        return Err(FrameError::Field { field: "IPv6 version", value });
     }
     let end = IPV6_LEN + usize::from(view.get_payload_length());
-    let transport = bytes
-        .get(IPV6_LEN..end)
-        .ok_or(FrameError::Short("IPv6 payload"))?;
+    let transport = bytes.get(IPV6_LEN..end).ok_or(FrameError::Short("IPv6 payload"))?;
     Ok((
         Packet {
             source: view.get_source().into(),
@@ -446,28 +382,15 @@ fn read_transport(packet: Packet, bytes: &[u8]) -> Result<Packet, FrameError> {
         IpNextHeaderProtocols::Icmp => {
             let view = IcmpPacket::new(bytes).ok_or(FrameError::Short("ICMP"))?;
             same("ICMP", view.get_checksum(), icmp::checksum(&view))?;
-            Ok(Packet {
-                payload: bytes.to_vec(),
-                ..packet
-            })
+            Ok(Packet { payload: bytes.to_vec(), ..packet })
         }
         IpNextHeaderProtocols::Icmpv6 => {
             let found = bytes.get(2..4).ok_or(FrameError::Short("ICMPv6"))?;
             let found = u16::from_be_bytes([found[0], found[1]]);
-            same(
-                "ICMPv6",
-                found,
-                transport_checksum(bytes, ICMP_CHECKSUM_WORD, &packet)?,
-            )?;
-            Ok(Packet {
-                payload: bytes.to_vec(),
-                ..packet
-            })
+            same("ICMPv6", found, transport_checksum(bytes, ICMP_CHECKSUM_WORD, &packet)?)?;
+            Ok(Packet { payload: bytes.to_vec(), ..packet })
         }
-        _ => Ok(Packet {
-            payload: bytes.to_vec(),
-            ..packet
-        }),
+        _ => Ok(Packet { payload: bytes.to_vec(), ..packet }),
     }
 }
 
@@ -476,15 +399,9 @@ fn read_tcp(packet: Packet, bytes: &[u8]) -> Result<Packet, FrameError> {
     let header_len = usize::from(view.get_data_offset()) * 4;
     if header_len < TCP_LEN {
         let value = view.get_data_offset().into();
-        return Err(FrameError::Field {
-            field: "TCP data offset",
-            value,
-        });
+        return Err(FrameError::Field { field: "TCP data offset", value });
     }
-    let payload = bytes
-        .get(header_len..)
-        .ok_or(FrameError::Short("TCP options"))?
-        .to_vec();
+    let payload = bytes.get(header_len..).ok_or(FrameError::Short("TCP options"))?.to_vec();
     let right = transport_checksum(bytes, TCP_CHECKSUM_WORD, &packet)?;
     same("TCP", view.get_checksum(), right)?;
     let transport = Transport::Tcp {
@@ -494,49 +411,27 @@ fn read_tcp(packet: Packet, bytes: &[u8]) -> Result<Packet, FrameError> {
         sequence: view.get_sequence(),
         acknowledgement: view.get_acknowledgement(),
     };
-    Ok(Packet {
-        transport,
-        payload,
-        ..packet
-    })
+    Ok(Packet { transport, payload, ..packet })
 }
 
 fn read_udp(packet: Packet, bytes: &[u8]) -> Result<Packet, FrameError> {
     let view = UdpPacket::new(bytes).ok_or(FrameError::Short("UDP"))?;
     if usize::from(view.get_length()) != bytes.len() {
         let value = view.get_length().into();
-        return Err(FrameError::Field {
-            field: "UDP length",
-            value,
-        });
+        return Err(FrameError::Field { field: "UDP length", value });
     }
     let checksum = view.get_checksum() != 0;
     if checksum {
         let right = transport_checksum(bytes, UDP_CHECKSUM_WORD, &packet)?;
         same("UDP", view.get_checksum(), udp_on_the_wire(right))?;
     }
-    let transport = Transport::Udp {
-        source: view.get_source(),
-        destination: view.get_destination(),
-        checksum,
-    };
-    Ok(Packet {
-        transport,
-        payload: view.payload().to_vec(),
-        ..packet
-    })
+    let transport =
+        Transport::Udp { source: view.get_source(), destination: view.get_destination(), checksum };
+    Ok(Packet { transport, payload: view.payload().to_vec(), ..packet })
 }
 
 fn same(header: &'static str, found: u16, right: u16) -> Result<(), FrameError> {
-    if found == right {
-        Ok(())
-    } else {
-        Err(FrameError::Checksum {
-            header,
-            found,
-            right,
-        })
-    }
+    if found == right { Ok(()) } else { Err(FrameError::Checksum { header, found, right }) }
 }
 
 fn mac_addr(mac: Mac) -> MacAddr {
@@ -584,12 +479,7 @@ impl FrameSocket {
             }
         })?;
         let (mac, sender, receiver) = opened.map_err(LabError::io(what))?;
-        Ok(Self {
-            device: device.to_owned(),
-            mac,
-            sender,
-            receiver,
-        })
+        Ok(Self { device: device.to_owned(), mac, sender, receiver })
     }
 
     /// MAC address of the device.
@@ -605,9 +495,7 @@ impl FrameSocket {
         let what = format!("send a frame of {} bytes by {}", frame.len(), self.device);
         match self.sender.send_to(frame, None) {
             Some(sent) => sent.map_err(LabError::io(what)),
-            None => Err(LabError::io(what)(io::Error::from(
-                io::ErrorKind::WriteZero,
-            ))),
+            None => Err(LabError::io(what)(io::Error::from(io::ErrorKind::WriteZero))),
         }
     }
 
@@ -626,14 +514,10 @@ impl FrameSocket {
                 Ok(frame) if wanted(frame) => return Ok(Some(frame.to_vec())),
                 Ok(_) => {}
                 Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
-                    ) => {}
+                    if matches!(e.kind(), io::ErrorKind::TimedOut | io::ErrorKind::Interrupted) => {
+                }
                 Err(e) => {
-                    return Err(LabError::io(format!("receive frames of {}", self.device))(
-                        e,
-                    ));
+                    return Err(LabError::io(format!("receive frames of {}", self.device))(e));
                 }
             }
             if start.elapsed() > limit {
@@ -654,22 +538,12 @@ mod tests {
 
     fn packets() -> Vec<Packet> {
         let families: [(IpAddr, IpAddr); 2] = [
-            (
-                Ipv4Addr::new(192, 0, 2, 1).into(),
-                Ipv4Addr::new(198, 51, 100, 7).into(),
-            ),
-            (
-                Ipv6Addr::LOCALHOST.into(),
-                Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 9).into(),
-            ),
+            (Ipv4Addr::new(192, 0, 2, 1).into(), Ipv4Addr::new(198, 51, 100, 7).into()),
+            (Ipv6Addr::LOCALHOST.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 9).into()),
         ];
         let transports = [
             Transport::udp(1000, 53),
-            Transport::Udp {
-                source: 1000,
-                destination: 53,
-                checksum: false,
-            },
+            Transport::Udp { source: 1000, destination: 53, checksum: false },
             Transport::tcp(1000, 80, TcpFlags::SYN),
             Transport::tcp(1000, 80, TcpFlags::ACK | TcpFlags::PSH),
         ];
@@ -678,13 +552,7 @@ mod tests {
             for transport in transports {
                 for payload in [&b""[..], b"x", b"even"] {
                     let payload = payload.to_vec();
-                    packets.push(Packet {
-                        source,
-                        destination,
-                        ttl: 64,
-                        transport,
-                        payload,
-                    });
+                    packets.push(Packet { source, destination, ttl: 64, transport, payload });
                 }
             }
         }
@@ -703,17 +571,11 @@ mod tests {
 
     #[test]
     fn inspect_finds_the_inner_frame_of_vxlan() {
-        let outer = Packet {
-            transport: Transport::udp(50_000, 4789),
-            ..packets().remove(0)
-        };
+        let outer = Packet { transport: Transport::udp(50_000, 4789), ..packets().remove(0) };
         for packet in packets() {
             let inner = frame(B, A, &packet).expect("legal");
             let bytes = vxlan(A, B, &outer, 0xabcdef, &inner).expect("legal");
-            let (vni, seen) = inspect(&bytes, Some(4789))
-                .expect("right")
-                .inner
-                .expect("tunnelled");
+            let (vni, seen) = inspect(&bytes, Some(4789)).expect("right").inner.expect("tunnelled");
             assert_eq!((vni, seen.packet), (0xabcdef, packet));
         }
     }
@@ -724,19 +586,9 @@ mod tests {
             let bytes = frame(A, B, &packet).expect("legal");
             // IPv6 has no header checksum; its addresses count in the transport's.
             let (from, covered) = match (packet.source, packet.transport) {
-                (
-                    IpAddr::V4(_),
-                    Transport::Udp {
-                        checksum: false, ..
-                    },
-                ) => (14, 14 + 20),
+                (IpAddr::V4(_), Transport::Udp { checksum: false, .. }) => (14, 14 + 20),
                 (IpAddr::V4(_), _) => (14, bytes.len()),
-                (
-                    IpAddr::V6(_),
-                    Transport::Udp {
-                        checksum: false, ..
-                    },
-                ) => continue,
+                (IpAddr::V6(_), Transport::Udp { checksum: false, .. }) => continue,
                 (IpAddr::V6(_), _) => (14 + 8, bytes.len()),
             };
             for at in from..covered {
@@ -753,10 +605,7 @@ mod tests {
         for packet in packets() {
             let bytes = frame(A, B, &packet).expect("legal");
             for len in 0..bytes.len() {
-                assert!(
-                    inspect(&bytes[..len], None).is_err(),
-                    "{len} bytes of {packet:?}"
-                );
+                assert!(inspect(&bytes[..len], None).is_err(), "{len} bytes of {packet:?}");
             }
         }
     }

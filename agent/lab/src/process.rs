@@ -118,10 +118,7 @@ fn parent(pid: i32) -> Option<i32> {
 fn stat(pid: i32) -> Option<(char, u64)> {
     let fields = fields(pid)?;
     // The list begins with field 3 of proc_pid_stat(5).
-    Some((
-        fields.first()?.chars().next()?,
-        fields.get(19)?.parse().ok()?,
-    ))
+    Some((fields.first()?.chars().next()?, fields.get(19)?.parse().ok()?))
 }
 
 /// The fields of /proc/PID/stat behind the program's name, which may itself hold blanks and
@@ -140,20 +137,14 @@ mod tests {
     fn a_process_with_another_start_time_is_another_process() {
         let own = ProcessId::own().expect("this process runs");
         assert!(own.is_alive());
-        let later = ProcessId {
-            start_time: own.start_time + 1,
-            ..own
-        };
+        let later = ProcessId { start_time: own.start_time + 1, ..own };
         assert!(!later.is_alive());
     }
 
     #[test]
     fn end_leaves_no_process_and_no_zombie() {
         let mut sleep = std::process::Command::new("sleep");
-        #[expect(
-            clippy::zombie_processes,
-            reason = "that `end` collects it is what is tested"
-        )]
+        #[expect(clippy::zombie_processes, reason = "that `end` collects it is what is tested")]
         let child = sleep.arg("1000").spawn().expect("start sleep");
         let pid = i32::try_from(child.id()).expect("small");
         let id = ProcessId::of(pid).expect("it runs");

@@ -56,9 +56,7 @@ pub struct Answer {
 /// # Errors
 /// A port cannot be listened on.
 pub fn run(args: &ServeArgs) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         // An IPv6 wildcard socket takes IPv4 as well (net.ipv6.bindv6only is 0 in a new namespace).
         let any = IpAddr::from(Ipv6Addr::UNSPECIFIED);
@@ -111,11 +109,7 @@ async fn converse(mut stream: TcpStream, peer: SocketAddr, args: &ServeArgs) -> 
                 .write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
                 .await;
         };
-        if let Some(len) = request
-            .path
-            .strip_prefix("/bytes/")
-            .and_then(|n| n.parse().ok())
-        {
+        if let Some(len) = request.path.strip_prefix("/bytes/").and_then(|n| n.parse().ok()) {
             send_bytes(&mut stream, len).await?;
         } else {
             let answer = Answer {
@@ -133,9 +127,7 @@ async fn converse(mut stream: TcpStream, peer: SocketAddr, args: &ServeArgs) -> 
                 "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
                 body.len()
             );
-            stream
-                .write_all(&[head.as_bytes(), body.as_bytes()].concat())
-                .await?;
+            stream.write_all(&[head.as_bytes(), body.as_bytes()].concat()).await?;
         }
         if request.close {
             return Ok(());
@@ -169,9 +161,7 @@ async fn send_bytes(stream: &mut TcpStream, len: u64) -> io::Result<()> {
     let mut left = len;
     while left > 0 {
         let part = left.min(block.len() as u64) as usize;
-        stream
-            .write_all(block.get(..part).unwrap_or(&block))
-            .await?;
+        stream.write_all(block.get(..part).unwrap_or(&block)).await?;
         left -= part as u64;
     }
     Ok(())
@@ -193,15 +183,9 @@ impl Request {
         if method != "GET" || !version.starts_with("HTTP/1.") {
             return None;
         }
-        let close = lines
-            .filter_map(|line| line.split_once(':'))
-            .any(|(name, value)| {
-                name.eq_ignore_ascii_case("connection")
-                    && value.trim().eq_ignore_ascii_case("close")
-            });
-        Some(Self {
-            path: path.to_owned(),
-            close: close || version == "HTTP/1.0",
-        })
+        let close = lines.filter_map(|line| line.split_once(':')).any(|(name, value)| {
+            name.eq_ignore_ascii_case("connection") && value.trim().eq_ignore_ascii_case("close")
+        });
+        Some(Self { path: path.to_owned(), close: close || version == "HTTP/1.0" })
     }
 }

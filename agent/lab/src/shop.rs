@@ -52,10 +52,7 @@ pub fn spec() -> LabSpec {
             })
             .collect(),
     });
-    LabSpec {
-        nodes: nodes.collect(),
-        ..LabSpec::kernel_only(0, 0)
-    }
+    LabSpec { nodes: nodes.collect(), ..LabSpec::kernel_only(0, 0) }
 }
 
 /// Writes the shop's objects and the Nodes of a lab into a directory.
@@ -128,26 +125,14 @@ mod tests {
         let plan = Plan::new(&name, &spec());
         let mut seen = std::collections::BTreeSet::new();
         let lines: Vec<&str> = ENDPOINTS.lines().collect();
-        for entry in lines
-            .windows(4)
-            .filter(|entry| entry[0].starts_with("  - addresses: ["))
-        {
+        for entry in lines.windows(4).filter(|entry| entry[0].starts_with("  - addresses: [")) {
             let address = entry[0]["  - addresses: [".len()..].trim_matches(['"', ']']);
             let address: std::net::IpAddr = address.parse().expect("an address");
             let node_name = entry[2].trim().strip_prefix("nodeName: ").expect("a node");
-            let pod_name = entry[3]
-                .split("name: ")
-                .nth(1)
-                .and_then(|rest| rest.split(',').next());
-            let (node, pod) = plan
-                .pod(pod_name.expect("a pod"))
-                .expect("a pod of the lab");
+            let pod_name = entry[3].split("name: ").nth(1).and_then(|rest| rest.split(',').next());
+            let (node, pod) = plan.pod(pod_name.expect("a pod")).expect("a pod of the lab");
             assert_eq!(node.name, node_name, "{}", pod.name);
-            assert!(
-                [pod.v4.into(), pod.v6.into()].contains(&address),
-                "{}: {address}",
-                pod.name
-            );
+            assert!([pod.v4.into(), pod.v6.into()].contains(&address), "{}: {address}", pod.name);
             seen.insert((pod.name.clone(), address));
         }
         assert_eq!(seen.len(), 2 * 16, "every pod in both families");

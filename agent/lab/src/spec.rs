@@ -25,9 +25,7 @@ impl FromStr for LabName {
 
     fn from_str(text: &str) -> Result<Self, LabError> {
         let legal = (1..=16).contains(&text.len())
-            && text
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+            && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         if legal {
             return Ok(Self(text.to_owned()));
         }
@@ -209,10 +207,7 @@ impl LabSpec {
             tcp_ports: vec![DEFAULT_TCP_PORT],
             udp_ports: vec![DEFAULT_UDP_PORT],
         };
-        let node = NodeSpec {
-            agent: Agent::None,
-            pods: vec![pod; pods],
-        };
+        let node = NodeSpec { agent: Agent::None, pods: vec![pod; pods] };
         Self {
             name: None,
             nodes: vec![node; nodes],
@@ -243,11 +238,7 @@ impl LabSpec {
     /// [`LabError::Spec`] with the first field that is out of range.
     pub fn check(&self) -> Result<(), LabError> {
         let refuse = |field, value: String, remedy: &str| {
-            Err(LabError::Spec {
-                field,
-                value,
-                remedy: remedy.to_owned(),
-            })
+            Err(LabError::Spec { field, value, remedy: remedy.to_owned() })
         };
         if !(1..=9).contains(&self.nodes.len()) {
             return refuse("nodes", self.nodes.len().to_string(), "1 to 9 nodes");
@@ -255,37 +246,21 @@ impl LabSpec {
         for node in &self.nodes {
             // The last byte of a pod's address is 10 + k.
             if node.pods.len() > 200 {
-                return refuse(
-                    "pods",
-                    node.pods.len().to_string(),
-                    "at most 200 pods per node",
-                );
+                return refuse("pods", node.pods.len().to_string(), "at most 200 pods per node");
             }
         }
         if self.vni >= 1 << 24 {
-            return refuse(
-                "vni",
-                self.vni.to_string(),
-                "0 to 16777215 (RFC 7348 section 5)",
-            );
+            return refuse("vni", self.vni.to_string(), "0 to 16777215 (RFC 7348 section 5)");
         }
         if self.vxlan_port == 0 {
             return refuse("vxlan-port", "0".to_owned(), "1 to 65535");
         }
         // RFC 8200 section 5: an IPv6 link carries at least 1280 bytes.
         if !(1280..=1500).contains(&self.client_mtu) {
-            return refuse(
-                "client-mtu",
-                self.client_mtu.to_string(),
-                "1280 to 1500 bytes",
-            );
+            return refuse("client-mtu", self.client_mtu.to_string(), "1280 to 1500 bytes");
         }
-        let mut names: Vec<&str> = self
-            .nodes
-            .iter()
-            .flat_map(|n| &n.pods)
-            .map(|p| p.name.as_str())
-            .collect();
+        let mut names: Vec<&str> =
+            self.nodes.iter().flat_map(|n| &n.pods).map(|p| p.name.as_str()).collect();
         names.retain(|name| !name.is_empty());
         names.sort_unstable();
         for (name, next) in names.iter().zip(names.iter().skip(1)) {
@@ -295,9 +270,7 @@ impl LabSpec {
         }
         for name in names {
             let legal = name.len() <= 40
-                && name
-                    .bytes()
-                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+                && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
             if !legal || name == "client" || name == "fabric" || name.starts_with("node") {
                 let remedy = "at most 40 lower-case letters, digits and hyphens; \
                               not client, fabric or node...";

@@ -74,10 +74,7 @@ impl LabState {
         };
         serde_json::from_str(&text)
             .map(Some)
-            .map_err(|e| LabError::Format {
-                path,
-                message: e.to_string(),
-            })
+            .map_err(|e| LabError::Format { path, message: e.to_string() })
     }
 
     /// Writes the file anew, whole or not at all.
@@ -86,8 +83,7 @@ impl LabState {
     /// The directory is not writable.
     pub fn save(&self, context: &LabContext) -> Result<(), LabError> {
         let dir = context.lab_dir(self.name.as_str());
-        self.save_in(&dir)
-            .map_err(LabError::io(format!("write {}", dir.join(FILE).display())))
+        self.save_in(&dir).map_err(LabError::io(format!("write {}", dir.join(FILE).display())))
     }
 
     /// The same in a directory that is not in place yet.

@@ -22,11 +22,7 @@ pub fn build(plan: &Plan, spec: &LabSpec) -> Result<(), LabError> {
         move || host_sysctls(netns, forwards, spec)
     }))?;
     fabric(plan)?;
-    side_by_side(
-        plan.nodes
-            .iter()
-            .map(|node| move || build_node(node, plan, spec)),
-    )?;
+    side_by_side(plan.nodes.iter().map(|node| move || build_node(node, plan, spec)))?;
     let pods = plan.nodes.iter().flat_map(|node| &node.pods);
     side_by_side(pods.map(|pod| move || build_pod(pod, spec)))?;
     client(plan, spec)?;
@@ -58,11 +54,7 @@ where
 
 /// Settings that devices inherit, so they come before the first device.
 fn host_sysctls(netns: &Netns, forwards: bool, spec: &LabSpec) -> Result<(), LabError> {
-    let rp_filter = if forwards {
-        spec.rp_filter.as_str()
-    } else {
-        "0"
-    };
+    let rp_filter = if forwards { spec.rp_filter.as_str() } else { "0" };
     let mut settings = vec![
         // Duplicate address detection would keep every address unusable for a second.
         ("ipv6/conf/default/accept_dad", "0"),
@@ -122,24 +114,15 @@ fn fabric(plan: &Plan) -> Result<(), LabError> {
 /// segment larger than the MTU is not a packet of the wire. A veth hands those over unless told
 /// not to.
 fn without_offloads(netns: &Netns, device: &str, gro: &str) -> Result<(), LabError> {
-    offloads(
-        netns,
-        device,
-        &["tx", "off", "tso", "off", "gso", "off", "gro", gro],
-    )
+    offloads(netns, device, &["tx", "off", "tso", "off", "gso", "off", "gro", gro])
 }
 
 fn client(plan: &Plan, spec: &LabSpec) -> Result<(), LabError> {
     let mut ip = Batch::default();
     ip.add("link set lo up");
-    ip.add(format!(
-        "link set {HOST_INTERFACE} mtu {} up",
-        spec.client_mtu
-    ));
+    ip.add(format!("link set {HOST_INTERFACE} mtu {} up", spec.client_mtu));
     ip.add(format!("addr add {CLIENT_V4}/24 dev {HOST_INTERFACE}"));
-    ip.add(format!(
-        "addr add {CLIENT_V6}/64 dev {HOST_INTERFACE} nodad"
-    ));
+    ip.add(format!("addr add {CLIENT_V6}/64 dev {HOST_INTERFACE} nodad"));
     if let Some(node) = plan.nodes.first() {
         for cidr in SERVICE_CIDRS {
             let via = if cidr.contains(':') {
@@ -159,10 +142,7 @@ fn build_node(node: &NodePlan, plan: &Plan, spec: &LabSpec) -> Result<(), LabErr
     ip.add("link set lo up");
     ip.add(format!("link set {UPLINK} up"));
     ip.add(format!("addr add {}/24 dev {UPLINK}", node.address_v4));
-    ip.add(format!(
-        "addr add {}/64 dev {UPLINK} nodad",
-        node.address_v6
-    ));
+    ip.add(format!("addr add {}/64 dev {UPLINK} nodad", node.address_v6));
     add_vxlan(&mut ip, node, plan, spec);
     let mtu = pod_mtu(spec.underlay);
     for pod in &node.pods {
@@ -190,9 +170,7 @@ fn build_node(node: &NodePlan, plan: &Plan, spec: &LabSpec) -> Result<(), LabErr
     fdb.run("bridge", &node.netns)?;
     without_offloads(&node.netns, UPLINK, "off")?;
     without_offloads(&node.netns, VXLAN_DEVICE, "off")?;
-    node.pods
-        .iter()
-        .try_for_each(|pod| without_offloads(&node.netns, &pod.host_interface, "off"))
+    node.pods.iter().try_for_each(|pod| without_offloads(&node.netns, &pod.host_interface, "off"))
 }
 
 /// The device as Flannel sets it up: the tunnel's address is the first of the pod CIDR, and each
@@ -212,28 +190,18 @@ fn add_vxlan(ip: &mut Batch, node: &NodePlan, plan: &Plan, spec: &LabSpec) {
         node.address(spec.underlay),
     ));
     ip.add(format!("link set {VXLAN_DEVICE} up"));
-    ip.add(format!(
-        "addr add {}/32 dev {VXLAN_DEVICE}",
-        node.tunnel_v4()
-    ));
-    ip.add(format!(
-        "addr add {}/128 dev {VXLAN_DEVICE} nodad",
-        node.tunnel_v6()
-    ));
+    ip.add(format!("addr add {}/32 dev {VXLAN_DEVICE}", node.tunnel_v4()));
+    ip.add(format!("addr add {}/128 dev {VXLAN_DEVICE} nodad", node.tunnel_v6()));
     for peer in peers(node, plan) {
         for tunnel in [peer.tunnel_v4().to_string(), peer.tunnel_v6().to_string()] {
             let mac = peer.vxlan_mac;
-            ip.add(format!(
-                "neigh replace {tunnel} lladdr {mac} dev {VXLAN_DEVICE} nud permanent"
-            ));
+            ip.add(format!("neigh replace {tunnel} lladdr {mac} dev {VXLAN_DEVICE} nud permanent"));
         }
         for (cidr, via) in [
             (peer.pod_cidr_v4.to_string(), peer.tunnel_v4().to_string()),
             (peer.pod_cidr_v6.to_string(), peer.tunnel_v6().to_string()),
         ] {
-            ip.add(format!(
-                "route add {cidr} via {via} dev {VXLAN_DEVICE} onlink"
-            ));
+            ip.add(format!("route add {cidr} via {via} dev {VXLAN_DEVICE} onlink"));
         }
     }
 }
@@ -249,22 +217,13 @@ fn build_pod(pod: &PodPlan, spec: &LabSpec) -> Result<(), LabError> {
     ip.add("link set lo up");
     ip.add(format!("link set {HOST_INTERFACE} up"));
     ip.add(format!("addr add {}/32 dev {HOST_INTERFACE}", pod.v4));
-    ip.add(format!(
-        "addr add {}/128 dev {HOST_INTERFACE} nodad",
-        pod.v6
-    ));
+    ip.add(format!("addr add {}/128 dev {HOST_INTERFACE} nodad", pod.v6));
     for gateway in [POD_GATEWAY_V4.to_string(), POD_GATEWAY_V6.to_string()] {
         ip.add(format!(
             "neigh replace {gateway} lladdr {POD_GATEWAY_MAC} dev {HOST_INTERFACE} nud permanent"
         ));
-        ip.add(format!(
-            "route add default via {gateway} dev {HOST_INTERFACE} onlink"
-        ));
+        ip.add(format!("route add default via {gateway} dev {HOST_INTERFACE} onlink"));
     }
     ip.run("ip", &pod.netns)?;
-    without_offloads(
-        &pod.netns,
-        HOST_INTERFACE,
-        if spec.pod_gro { "on" } else { "off" },
-    )
+    without_offloads(&pod.netns, HOST_INTERFACE, if spec.pod_gro { "on" } else { "off" })
 }

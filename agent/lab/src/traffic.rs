@@ -81,10 +81,7 @@ impl Connection {
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
         stream.set_nodelay(true)?;
-        Ok(Self {
-            stream: BufReader::new(stream),
-            target,
-        })
+        Ok(Self { stream: BufReader::new(stream), target })
     }
 
     /// One GET, and its body.
@@ -95,7 +92,7 @@ impl Connection {
         let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", self.target);
         self.stream.get_mut().write_all(request.as_bytes())?;
         let mut status = String::new();
-        self.stream.read_line(&mut status)?;
+        self.stream.read_line(&mut status).map_err(in_words)?;
         if status.is_empty() {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
         }
@@ -119,7 +116,7 @@ impl Connection {
             }
         }
         let mut body = vec![0; length];
-        self.stream.read_exact(&mut body)?;
+        self.stream.read_exact(&mut body).map_err(in_words)?;
         Ok(body)
     }
 
@@ -144,20 +141,12 @@ pub fn ask_tcp(target: SocketAddr, download: usize) -> io::Result<Reply> {
     if download > 0 {
         let body = connection.get(&format!("/bytes/{download}"))?;
         // The server's pattern: bytes counted up.
-        if let Some(at) = body
-            .iter()
-            .zip((0..=255u8).cycle())
-            .position(|(got, want)| *got != want)
+        if let Some(at) = body.iter().zip((0..=255u8).cycle()).position(|(got, want)| *got != want)
         {
-            return Err(io::Error::other(format!(
-                "byte {at} of the download is wrong"
-            )));
+            return Err(io::Error::other(format!("byte {at} of the download is wrong")));
         }
     }
-    Ok(Reply {
-        pod: answer.pod,
-        client: Some(answer.client),
-    })
+    Ok(Reply { pod: answer.pod, client: Some(answer.client) })
 }
 
 /// One datagram from a port of its own, and its echo. To be called inside the namespace.
@@ -175,14 +164,21 @@ pub fn ask_udp(target: SocketAddr) -> io::Result<Reply> {
     socket.set_read_timeout(Some(ANSWER_LIMIT))?;
     socket.send(b"which pod is this?")?;
     let mut buffer = [0; 512];
-    let len = socket.recv(&mut buffer)?;
+    let len = socket.recv(&mut buffer).map_err(in_words)?;
     let text = String::from_utf8_lossy(buffer.get(..len).unwrap_or_default()).into_owned();
     match text.split_once(' ') {
-        Some((pod, "which pod is this?")) => Ok(Reply {
-            pod: pod.to_owned(),
-            client: None,
-        }),
+        Some((pod, "which pod is this?")) => Ok(Reply { pod: pod.to_owned(), client: None }),
         _ => Err(io::Error::other(format!("echo `{text}`"))),
+    }
+}
+
+/// A read that times out says "temporarily unavailable", which a reader cannot make sense of.
+fn in_words(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            io::Error::new(io::ErrorKind::TimedOut, "no answer in time")
+        }
+        _ => error,
     }
 }
 
@@ -191,9 +187,7 @@ pub fn ask_udp(target: SocketAddr) -> io::Result<Reply> {
 /// # Errors
 /// The namespace is gone.
 pub fn packets(netns: &Netns) -> Result<HostPackets, LabError> {
-    netns
-        .enter(read_packets)?
-        .map_err(LabError::io(format!("read counters of {}", netns.name())))
+    netns.enter(read_packets)?.map_err(LabError::io(format!("read counters of {}", netns.name())))
 }
 
 /// The same once they have not changed for a while: the kernel ends connections after the program

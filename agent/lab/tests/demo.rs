@@ -23,10 +23,7 @@ fn context(dir: &std::path::Path) -> LabContext {
     let text = STAND_IN.replace("SLUICE_LAB", env!("CARGO_BIN_EXE_sluice-lab"));
     fs::write(&program, text).expect("write");
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("chmod");
-    LabContext {
-        run_root: dir.join("lab"),
-        ..LabContext::new(program)
-    }
+    LabContext { run_root: dir.join("lab"), ..LabContext::new(program) }
 }
 
 fn options(detach: bool) -> DemoOptions {
@@ -54,10 +51,7 @@ fn answered_traffic_that_no_counter_shows_fails() {
     assert_eq!(answered.len(), 4, "{:#?}", report.rows);
     for row in answered {
         assert_eq!(row.problems.len(), 1, "{row:#?}");
-        assert!(
-            row.problems[0].starts_with("decapsulated packets: 0 counted"),
-            "{row:#?}"
-        );
+        assert!(row.problems[0].starts_with("decapsulated packets: 0 counted"), "{row:#?}");
         assert!(row.packets_sent >= row.requests as u64);
     }
 }

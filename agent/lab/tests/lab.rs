@@ -18,16 +18,9 @@ use sluice_lab::{Family, Lab, LabContext, LabName, LabSpec, Netns, RpFilter, cle
 fn context() -> (LabContext, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let program = PathBuf::from(env!("CARGO_BIN_EXE_sluice-lab"));
-    let context = LabContext {
-        run_root: dir.path().join("lab"),
-        ..LabContext::new(program)
-    };
+    let context = LabContext { run_root: dir.path().join("lab"), ..LabContext::new(program) };
     let missing = preflight::check(&context);
-    assert!(
-        missing.is_empty(),
-        "this machine cannot run the lab: {}",
-        Finding::lines(&missing)
-    );
+    assert!(missing.is_empty(), "this machine cannot run the lab: {}", Finding::lines(&missing));
     (context, dir)
 }
 
@@ -36,10 +29,7 @@ fn name(text: &str) -> LabName {
 }
 
 fn named(text: &str) -> LabSpec {
-    LabSpec {
-        name: Some(name(text)),
-        ..LabSpec::kernel_only(2, 1)
-    }
+    LabSpec { name: Some(name(text)), ..LabSpec::kernel_only(2, 1) }
 }
 
 /// What of a lab can be seen from outside of it.
@@ -59,14 +49,9 @@ fn traces(context: &LabContext, lab: &str) -> Vec<String> {
 
 /// Processes whose command line or network namespace is of the lab.
 fn serving(lab: &str) -> BTreeSet<i32> {
-    let identities: Vec<_> = Netns::with_prefix(&format!("slab-{lab}-"))
-        .iter()
-        .filter_map(Netns::identity)
-        .collect();
-    sluice_lab::process::inside(&identities)
-        .into_iter()
-        .map(|id| id.pid)
-        .collect()
+    let identities: Vec<_> =
+        Netns::with_prefix(&format!("slab-{lab}-")).iter().filter_map(Netns::identity).collect();
+    sluice_lab::process::inside(&identities).into_iter().map(|id| id.pid).collect()
 }
 
 fn links() -> BTreeSet<String> {
@@ -88,17 +73,9 @@ fn down_leaves_nothing_behind() {
     let lab = Lab::up(&context, &named("tdown")).expect("up");
     let pids = serving("tdown");
     assert_eq!(pids.len(), 2, "one server per pod");
-    assert!(
-        traces(&context, "tdown").len() >= 8,
-        "{:?}",
-        traces(&context, "tdown")
-    );
+    assert!(traces(&context, "tdown").len() >= 8, "{:?}", traces(&context, "tdown"));
     lab.make_pin_dir("node1").expect("a pin directory");
-    assert_eq!(
-        links(),
-        links_before,
-        "a lab makes no device outside its namespaces"
-    );
+    assert_eq!(links(), links_before, "a lab makes no device outside its namespaces");
     lab.down().expect("down");
     assert_eq!(traces(&context, "tdown"), Vec::<String>::new());
     assert!(pids.iter().all(|pid| !is_running(*pid)), "{pids:?}");
@@ -117,11 +94,7 @@ fn a_failed_up_removes_what_it_made() {
     let (context, _dir) = context();
     let mut spec = named("tfail");
     // Two servers on one port: the second cannot listen, after everything else stands.
-    if let Some(pod) = spec
-        .nodes
-        .first_mut()
-        .and_then(|node| node.pods.first_mut())
-    {
+    if let Some(pod) = spec.nodes.first_mut().and_then(|node| node.pods.first_mut()) {
         pod.tcp_ports = vec![8080, 8080];
     }
     let error = Lab::up(&context, &spec).expect_err("port 8080 twice");
@@ -135,12 +108,7 @@ fn a_name_in_use_is_refused_and_its_lab_stays() {
     let first = Lab::up(&context, &named("ttwice")).expect("up");
     let error = Lab::up(&context, &named("ttwice")).expect_err("the name is taken");
     assert!(error.to_string().contains("ttwice"), "{error}");
-    ping(
-        &first,
-        "pod1-1",
-        &first.plan().nodes[1].pods[0].v4.to_string(),
-        56,
-    );
+    ping(&first, "pod1-1", &first.plan().nodes[1].pods[0].v4.to_string(), 56);
 }
 
 #[test]
@@ -167,18 +135,11 @@ fn pods_reach_each_other_over_the_kernels_own_vxlan() {
     let (context, _dir) = context();
     for underlay in [Family::V4, Family::V6] {
         for rp_filter in [RpFilter::Off, RpFilter::Strict] {
-            let spec = LabSpec {
-                underlay,
-                rp_filter,
-                ..LabSpec::kernel_only(3, 1)
-            };
+            let spec = LabSpec { underlay, rp_filter, ..LabSpec::kernel_only(3, 1) };
             let lab = Lab::up(&context, &spec).expect("up");
             let mtu = usize::from(sluice_lab::plan::pod_mtu(underlay));
             for (from, to) in [(0, 1), (1, 0), (0, 2), (2, 1)] {
-                let (from, to) = (
-                    &lab.plan().nodes[from].pods[0],
-                    &lab.plan().nodes[to].pods[0],
-                );
+                let (from, to) = (&lab.plan().nodes[from].pods[0], &lab.plan().nodes[to].pods[0]);
                 // The largest that fits: the MTU less the IP and the ICMP header.
                 ping(&lab, &from.name, &to.v4.to_string(), mtu - 28);
                 ping(&lab, &from.name, &to.v6.to_string(), mtu - 48);
@@ -194,39 +155,21 @@ fn pods_reach_each_other_over_the_kernels_own_vxlan() {
 #[test]
 fn tunnel_settings_reach_the_wire() {
     let (context, _dir) = context();
-    let spec = LabSpec {
-        vni: 0xabcdef,
-        vxlan_port: 4789,
-        ..LabSpec::kernel_only(2, 1)
-    };
+    let spec = LabSpec { vni: 0xabcdef, vxlan_port: 4789, ..LabSpec::kernel_only(2, 1) };
     let lab = Lab::up(&context, &spec).expect("up");
     ping(&lab, "pod1-1", "10.244.2.11", 56);
-    let shown = lab
-        .host("node1")
-        .expect("node1")
-        .run("ip", &["-d", "link", "show", "vxlan1"]);
+    let shown = lab.host("node1").expect("node1").run("ip", &["-d", "link", "show", "vxlan1"]);
     let shown = shown.expect("ip link");
-    assert!(
-        shown.contains("vxlan id 11259375") && shown.contains("dstport 4789"),
-        "{shown}"
-    );
+    assert!(shown.contains("vxlan id 11259375") && shown.contains("dstport 4789"), "{shown}");
 }
 
 #[test]
 fn fabric_ports_carry_a_native_program() {
     let (context, _dir) = context();
     let shown = |fabric_xdp| {
-        let lab = Lab::up(
-            &context,
-            &LabSpec {
-                fabric_xdp,
-                ..LabSpec::kernel_only(2, 1)
-            },
-        );
+        let lab = Lab::up(&context, &LabSpec { fabric_xdp, ..LabSpec::kernel_only(2, 1) });
         let fabric = lab.as_ref().expect("up").host("fabric").expect("fabric");
-        fabric
-            .run("ip", &["link", "show", "to-node1"])
-            .expect("ip link")
+        fabric.run("ip", &["link", "show", "to-node1"]).expect("ip link")
     };
     assert!(shown(true).contains("prog/xdp id"), "{}", shown(true));
     assert!(!shown(false).contains("prog/xdp"));
@@ -238,27 +181,12 @@ fn servers_answer_curl_and_echo_in_both_families() {
     let lab = Lab::up(&context, &LabSpec::kernel_only(2, 1)).expect("up");
     let (from, to) = (&lab.plan().nodes[0].pods[0], &lab.plan().nodes[1].pods[0]);
     for (client, server, host) in [
-        (
-            from.address(Family::V4),
-            to.address(Family::V4),
-            to.v4.to_string(),
-        ),
-        (
-            from.address(Family::V6),
-            to.address(Family::V6),
-            format!("[{}]", to.v6),
-        ),
+        (from.address(Family::V4), to.address(Family::V4), to.v4.to_string()),
+        (from.address(Family::V6), to.address(Family::V6), format!("[{}]", to.v6)),
     ] {
-        let answer = get(
-            &lab,
-            &from.name,
-            &format!("http://{host}:8080/some/path?x=1"),
-        );
+        let answer = get(&lab, &from.name, &format!("http://{host}:8080/some/path?x=1"));
         let answer = answer.expect("an answer");
-        assert_eq!(
-            (answer.pod.as_str(), answer.node.as_str()),
-            ("pod2-1", "node2")
-        );
+        assert_eq!((answer.pod.as_str(), answer.node.as_str()), ("pod2-1", "node2"));
         assert_eq!((answer.client, answer.local), (client, server));
         assert_eq!(answer.path, "/some/path?x=1");
 
@@ -280,11 +208,7 @@ fn servers_answer_curl_and_echo_in_both_families() {
         assert_eq!(body.expect("curl"), "3000001");
 
         let echoed = lab.host(&from.name).expect("pod").netns.enter(|| {
-            let any = if server.is_ipv4() {
-                "0.0.0.0:0"
-            } else {
-                "[::]:0"
-            };
+            let any = if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
             let socket = std::net::UdpSocket::bind(any)?;
             socket.set_read_timeout(Some(Duration::from_secs(5)))?;
             socket.send_to(b"hello", (server, 5353))?;
@@ -306,10 +230,7 @@ fn a_killed_makers_lab_is_removed_by_name_and_as_stale() {
         assert_eq!(pids.len(), 2);
         maker.kill().expect("SIGKILL");
         maker.wait().expect("it ends");
-        assert!(
-            !traces(&context, lab).is_empty(),
-            "nobody was there to clean up"
-        );
+        assert!(!traces(&context, lab).is_empty(), "nobody was there to clean up");
         if by_name {
             clean(&context, &name(lab)).expect("clean");
         } else {
@@ -365,15 +286,8 @@ fn ctrl_c_removes_the_lab_at_any_moment() {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("small"));
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("signal");
         let status = child.wait().expect("it ends");
-        assert!(
-            status.code().is_some(),
-            "after {delay_ms} ms: ended by the signal: {status}"
-        );
-        assert_eq!(
-            traces(&context, "tctrlc"),
-            Vec::<String>::new(),
-            "after {delay_ms} ms"
-        );
+        assert!(status.code().is_some(), "after {delay_ms} ms: ended by the signal: {status}");
+        assert_eq!(traces(&context, "tctrlc"), Vec::<String>::new(), "after {delay_ms} ms");
     }
 }
 
@@ -381,9 +295,7 @@ fn ctrl_c_removes_the_lab_at_any_moment() {
 fn hold(context: &LabContext, lab: &str) -> Command {
     let mut command = Command::new(&context.sluice);
     command
-        .args([
-            "lab", "up", "--agent", "none", "--pods", "1", "--hold", "--name", lab,
-        ])
+        .args(["lab", "up", "--agent", "none", "--pods", "1", "--hold", "--name", lab])
         .env("SLUICE_LAB_DIR", &context.run_root)
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -392,15 +304,9 @@ fn hold(context: &LabContext, lab: &str) -> Command {
 
 /// Starts such a program and waits until it says that the lab is complete.
 fn maker(context: &LabContext, lab: &str) -> Child {
-    let mut child = hold(context, lab)
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("start");
+    let mut child = hold(context, lab).stdout(Stdio::piped()).spawn().expect("start");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    assert!(
-        lines.any(|line| line.is_ok_and(|line| line.starts_with("Ctrl-C"))),
-        "lab {lab}"
-    );
+    assert!(lines.any(|line| line.is_ok_and(|line| line.starts_with("Ctrl-C"))), "lab {lab}");
     child
 }
 
@@ -409,14 +315,9 @@ fn maker(context: &LabContext, lab: &str) -> Child {
 fn ping(lab: &Lab, from: &str, to: &str, size: usize) {
     let host = lab.host(from).expect("host");
     let size = size.to_string();
-    let args = [
-        "-c", "3", "-i", "0.02", "-W", "2", "-M", "do", "-s", &size, to,
-    ];
+    let args = ["-c", "3", "-i", "0.02", "-W", "2", "-M", "do", "-s", &size, to];
     let printed = host.run("ping", &args);
-    assert!(
-        printed.is_ok_and(|text| text.contains(" 0% packet loss")),
-        "{from} to {to}, {size}"
-    );
+    assert!(printed.is_ok_and(|text| text.contains(" 0% packet loss")), "{from} to {to}, {size}");
 }
 
 fn get(lab: &Lab, from: &str, url: &str) -> Option<Answer> {
@@ -439,11 +340,7 @@ fn frames_made_here_are_taken_by_the_kernel_and_its_answers_check() {
             source: node1.address_v4.into(),
             destination: node2.address_v4.into(),
             ttl: 64,
-            transport: Transport::Udp {
-                source: 50_000,
-                destination: 8472,
-                checksum: false,
-            },
+            transport: Transport::Udp { source: 50_000, destination: 8472, checksum: false },
             payload: Vec::new(),
         };
         let tunnel = match family {
@@ -484,9 +381,77 @@ fn a_missing_right_is_named_with_its_remedy() {
         .expect("setpriv of util-linux");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success());
-    assert!(
-        said.contains("CAP_SYS_ADMIN") && said.contains("--privileged"),
-        "{said}"
-    );
+    assert!(said.contains("CAP_SYS_ADMIN") && said.contains("--privileged"), "{said}");
     assert_eq!(traces(&context, "tright"), Vec::<String>::new());
+}
+
+#[test]
+fn commands_find_the_lab_and_give_the_exit_status_back() {
+    let (context, _dir) = context();
+    let lab = Lab::up(&context, &named("tcli")).expect("up");
+    let command = |args: &[&str]| {
+        let output = Command::new(&context.sluice)
+            .arg("lab")
+            .args(args)
+            .env("SLUICE_LAB_DIR", &context.run_root)
+            .output()
+            .expect("start");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (status, shown) =
+        command(&["shell", "--name", "tcli", "pod1-1", "--", "ip", "-br", "addr"]);
+    assert!(status == Some(0) && shown.contains("10.244.1.11/32"), "{shown}");
+    let failing = ["shell", "--name", "tcli", "node1", "--", "sh", "-c", "exit 7"];
+    assert_eq!(command(&failing).0, Some(7));
+    assert_eq!(command(&["shell", "--name", "tcli", "nobody"]).0, Some(1));
+
+    let probe = ["probe", "--name", "tcli", "pod1-1", "[fd00:10:244:2::11]:5353", "--udp"];
+    let (status, shown) = command(&[&probe[..], &["--count", "3", "--output", "json"]].concat());
+    let report: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!((status, &report["answers"]["pod2-1"]["-"]), (Some(0), &3.into()), "{shown}");
+    let nobody = ["probe", "--name", "tcli", "pod1-1", "10.244.2.11:9"];
+    assert_eq!(command(&nobody).0, Some(1), "nothing listens there");
+
+    let (_, shown) = command(&["list", "--output", "json"]);
+    let labs: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+    let own = labs.as_array().expect("a list").iter().find(|lab| lab["name"] == "tcli");
+    let own = own.expect("it is listed");
+    assert_eq!((&own["state"], &own["processes"]), (&"in use".into(), &2.into()), "{shown}");
+
+    assert_eq!(command(&["down", "--name", "tcli"]).0, Some(0));
+    assert_eq!(traces(&context, "tcli"), Vec::<String>::new());
+    assert_eq!(command(&["down", "--name", "tcli"]).0, Some(1), "there is none any more");
+    drop(lab);
+}
+
+#[test]
+fn a_lab_left_running_outlives_its_maker() {
+    let (context, _dir) = context();
+    let lab = Lab::up(&context, &named("tstay")).expect("up");
+    lab.leave_running().expect("state");
+    assert_eq!(clean_stale(&context).expect("clean"), Vec::<String>::new());
+    let lab = Lab::find(&context, Some(&name("tstay"))).expect("it is there");
+    assert!(get(&lab, "pod1-1", "http://10.244.2.11:8080/").is_some());
+    lab.down().expect("down");
+    assert_eq!(traces(&context, "tstay"), Vec::<String>::new());
+}
+
+#[test]
+fn processes_of_a_host_end_with_the_lab() {
+    let (context, _dir) = context();
+    let mut lab = Lab::up(&context, &named("tproc")).expect("up");
+    let node = lab.host("node1").expect("node1");
+    let mut start =
+        |what: &str| lab.spawn(&node, what, Command::new("sleep").arg("1000")).expect("start");
+    let (stopped, killed, left) = (start("one"), start("two"), start("three"));
+    lab.stop(stopped).expect("stop");
+    lab.kill(killed).expect("kill");
+    assert!(!stopped.is_alive() && !killed.is_alive() && left.is_alive());
+    // One that the lab does not know of, as after a crash between start and record.
+    let mut unknown = node.netns.spawn(Command::new("sleep").arg("1000")).expect("start");
+    lab.down().expect("down");
+    assert!(!left.is_alive());
+    assert!(!is_running(i32::try_from(unknown.id()).expect("small")));
+    // `down` has collected it already.
+    let _ = unknown.wait();
 }

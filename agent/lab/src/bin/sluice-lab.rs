@@ -34,10 +34,7 @@ fn main() -> ExitCode {
 
 /// The usual places, or a directory that a test set, so that it meets only its own labs.
 fn context(exe: PathBuf) -> LabContext {
-    let mut context = LabContext {
-        talk: true,
-        ..LabContext::new(exe)
-    };
+    let mut context = LabContext { talk: true, ..LabContext::new(exe) };
     if let Some(dir) = std::env::var_os("SLUICE_LAB_DIR") {
         context.run_root = dir.into();
     }
