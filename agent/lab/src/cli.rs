@@ -1,7 +1,7 @@
 //! `sluice lab ...`: arguments, and what each command prints.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::agent::AgentOptions;
 use crate::demo::{self, DemoOptions};
 use crate::lab::summaries;
+use crate::plan::{CLIENT_V4, CLIENT_V6};
 use crate::serve::ServeArgs;
 use crate::{
     Agent, Family, Lab, LabContext, LabError, LabName, LabSpec, Mode, RpFilter, clean, clean_stale,
@@ -77,6 +78,9 @@ struct UpArgs {
     /// Stay in the foreground; the lab is removed when this command is ended.
     #[arg(long)]
     hold: bool,
+    /// How to print the hosts.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
 }
 
 /// What the network of a lab looks like.
@@ -261,18 +265,23 @@ fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
         let agent = lab.start_agent("node1", &options)?;
         lab.wait_ready(&agent)?;
     }
-    println!("lab {} is up", lab.name());
-    println!("{}", hosts_table(&lab));
-    println!(
-        "sluice lab shell --name {0} client     a shell on a host\n\
-         sluice lab down --name {0}             remove it",
-        lab.name()
-    );
+    match args.output {
+        Output::Json => print_json(&UpReport { name: lab.name().as_str(), hosts: hosts(&lab) })?,
+        Output::Table => {
+            println!("lab {} is up", lab.name());
+            println!("{}", hosts_table(&hosts(&lab)));
+            println!(
+                "sluice lab shell --name {0} client     a shell on a host\n\
+                 sluice lab down --name {0}             remove it",
+                lab.name()
+            );
+        }
+    }
     if !args.hold {
         lab.leave_running()?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("Ctrl-C removes it");
+    eprintln!("lab {}: Ctrl-C removes it", lab.name());
     while !interrupt::interrupted() {
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -309,23 +318,60 @@ fn print_json<T: Serialize>(value: &T) -> Result<(), LabError> {
     Ok(())
 }
 
-fn hosts_table(lab: &Lab) -> Table {
+/// What `sluice lab up` made.
+#[derive(Debug, Serialize)]
+struct UpReport<'a> {
+    name: &'a str,
+    hosts: Vec<HostReport>,
+}
+
+/// One host of it.
+#[derive(Debug, Serialize)]
+struct HostReport {
+    host: String,
+    /// Name under /run/netns.
+    netns: String,
+    what: String,
+    ipv4: Ipv4Addr,
+    ipv6: Ipv6Addr,
+}
+
+fn hosts(lab: &Lab) -> Vec<HostReport> {
     let plan = lab.plan();
+    let mut hosts = vec![HostReport {
+        host: "client".to_owned(),
+        netns: plan.client.netns.name().to_owned(),
+        what: "outside the cluster".to_owned(),
+        ipv4: CLIENT_V4,
+        ipv6: CLIENT_V6,
+    }];
+    for node in &plan.nodes {
+        hosts.push(HostReport {
+            host: node.name.clone(),
+            netns: node.netns.name().to_owned(),
+            what: match node.agent {
+                Agent::None => "node, the kernel alone".to_owned(),
+                Agent::Sluice { mode } => format!("node with sluice, {mode}"),
+            },
+            ipv4: node.address_v4,
+            ipv6: node.address_v6,
+        });
+        hosts.extend(node.pods.iter().map(|pod| HostReport {
+            host: pod.name.clone(),
+            netns: pod.netns.name().to_owned(),
+            what: format!("pod on {}", node.name),
+            ipv4: pod.v4,
+            ipv6: pod.v6,
+        }));
+    }
+    hosts
+}
+
+fn hosts_table(hosts: &[HostReport]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_FULL_CONDENSED).set_header(["host", "what", "IPv4", "IPv6"]);
-    let (v4, v6) = (crate::plan::CLIENT_V4.to_string(), crate::plan::CLIENT_V6.to_string());
-    table.add_row(["client", "outside the cluster", &v4, &v6]);
-    for node in &plan.nodes {
-        let what = match node.agent {
-            Agent::None => "node, the kernel alone".to_owned(),
-            Agent::Sluice { mode } => format!("node with sluice, {mode}"),
-        };
-        let (v4, v6) = (node.address_v4.to_string(), node.address_v6.to_string());
-        table.add_row([&node.name, &what, &v4, &v6]);
-        for pod in &node.pods {
-            let what = format!("pod on {}", node.name);
-            table.add_row([&pod.name, &what, &pod.v4.to_string(), &pod.v6.to_string()]);
-        }
+    for host in hosts {
+        table.add_row([&host.host, &host.what, &host.ipv4.to_string(), &host.ipv6.to_string()]);
     }
     table
 }

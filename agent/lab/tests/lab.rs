@@ -304,9 +304,9 @@ fn hold(context: &LabContext, lab: &str) -> Command {
 
 /// Starts such a program and waits until it says that the lab is complete.
 fn maker(context: &LabContext, lab: &str) -> Child {
-    let mut child = hold(context, lab).stdout(Stdio::piped()).spawn().expect("start");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    assert!(lines.any(|line| line.is_ok_and(|line| line.starts_with("Ctrl-C"))), "lab {lab}");
+    let mut child = hold(context, lab).stderr(Stdio::piped()).spawn().expect("start");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+    assert!(lines.any(|line| line.is_ok_and(|line| line.contains("Ctrl-C"))), "lab {lab}");
     child
 }
 
