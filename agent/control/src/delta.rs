@@ -153,12 +153,7 @@ pub fn delta(actual: &Tables, desired: &Tables) -> Delta {
     ops.extend(vteps.puts(|index, value| MapOp::Vtep { index, value }));
     ops.extend(vtep_sources.puts(|key, value| MapOp::VtepSource { key, value }));
     ops.extend(pods.puts(|key, value| MapOp::Pod { key, value }));
-    ops.extend(
-        backends
-            .added
-            .iter()
-            .map(|(id, _)| MapOp::ResetBackendCounter { id: *id }),
-    );
+    ops.extend(backends.added.iter().map(|(id, _)| MapOp::ResetBackendCounter { id: *id }));
     ops.extend(backends.puts(|id, value| MapOp::Backend { id, value }));
     ops.extend(new_services(actual, desired).map(|id| MapOp::ResetServiceCounter { id }));
     ops.extend(
@@ -189,9 +184,7 @@ fn new_services(actual: &Tables, desired: &Tables) -> impl Iterator<Item = u32> 
         tables.frontends.values().map(|f| f.service).collect()
     };
     let before = ids(actual);
-    ids(desired)
-        .into_iter()
-        .filter(move |id| !before.contains(id))
+    ids(desired).into_iter().filter(move |id| !before.contains(id))
 }
 
 /// How one table changes.
@@ -203,11 +196,7 @@ struct Changes<K, V> {
 
 impl<K: Ord + Copy, V: PartialEq + Copy> Changes<K, V> {
     fn of(actual: &BTreeMap<K, V>, desired: &BTreeMap<K, V>) -> Self {
-        let mut changes = Self {
-            added: Vec::new(),
-            changed: Vec::new(),
-            deleted: Vec::new(),
-        };
+        let mut changes = Self { added: Vec::new(), changed: Vec::new(), deleted: Vec::new() };
         for (key, value) in desired {
             match actual.get(key) {
                 None => changes.added.push((*key, *value)),
@@ -215,12 +204,7 @@ impl<K: Ord + Copy, V: PartialEq + Copy> Changes<K, V> {
                 Some(_) => {}
             }
         }
-        changes.deleted.extend(
-            actual
-                .keys()
-                .filter(|key| !desired.contains_key(key))
-                .copied(),
-        );
+        changes.deleted.extend(actual.keys().filter(|key| !desired.contains_key(key)).copied());
         changes
     }
 
@@ -230,10 +214,7 @@ impl<K: Ord + Copy, V: PartialEq + Copy> Changes<K, V> {
     }
 
     fn puts(&self, op: impl Fn(K, Option<V>) -> MapOp) -> impl Iterator<Item = MapOp> {
-        self.added
-            .iter()
-            .chain(&self.changed)
-            .map(move |(key, value)| op(*key, Some(*value)))
+        self.added.iter().chain(&self.changed).map(move |(key, value)| op(*key, Some(*value)))
     }
 
     fn deletes(&self, op: impl Fn(K, Option<V>) -> MapOp) -> impl Iterator<Item = MapOp> {

@@ -19,10 +19,7 @@ pub struct Selection<'a> {
 
 /// Whether the endpoint runs on `own_node`; one without a node never does.
 pub fn is_local(endpoint: &Endpoint, own_node: &str) -> bool {
-    endpoint
-        .node
-        .as_deref()
-        .is_some_and(|node| node == own_node)
+    endpoint.node.as_deref().is_some_and(|node| node == own_node)
 }
 
 /// Merges `slices`, all of one Service, for one port and family.
@@ -125,29 +122,19 @@ mod tests {
             origin: "test".into(),
             service: ObjectName::new("ns", "svc"),
             family: Family::V4,
-            ports: vec![EndpointPort {
-                name: "".into(),
-                protocol: Protocol::Tcp,
-                port: PORT,
-            }],
+            ports: vec![EndpointPort { name: "".into(), protocol: Protocol::Tcp, port: PORT }],
             endpoints,
         }
     }
 
     /// Last bytes of the addresses in the Cluster and in the Local set.
     fn chosen(slices: &[EndpointSlice]) -> (Vec<u8>, Vec<u8>) {
-        let port = ServicePort {
-            name: "".into(),
-            protocol: Protocol::Tcp,
-            port: PORT,
-            node_port: None,
-        };
+        let port =
+            ServicePort { name: "".into(), protocol: Protocol::Tcp, port: PORT, node_port: None };
         let slices: Vec<_> = slices.iter().collect();
         let selection = select(&slices, &port, Family::V4, "us");
         let last = |set: &BTreeMap<Tuple, &Endpoint>| {
-            set.keys()
-                .map(|tuple| sluice_abi::Addr::from(tuple.addr).0[15])
-                .collect()
+            set.keys().map(|tuple| sluice_abi::Addr::from(tuple.addr).0[15]).collect()
         };
         (last(&selection.cluster), last(&selection.local))
     }
@@ -156,10 +143,7 @@ mod tests {
     fn ready_ones_are_used_and_terminating_ones_only_without_any() {
         let ready = endpoint(1, "us", true, true, false);
         let leaving = endpoint(2, "them", false, true, true);
-        assert_eq!(
-            chosen(&[slice(vec![ready, leaving.clone()])]),
-            (vec![1], vec![1])
-        );
+        assert_eq!(chosen(&[slice(vec![ready, leaving.clone()])]), (vec![1], vec![1]));
         assert_eq!(chosen(&[slice(vec![leaving])]), (vec![2], vec![]));
     }
 
@@ -173,10 +157,7 @@ mod tests {
     fn ready_and_terminating_counts_as_ready() {
         let published = endpoint(1, "us", true, false, true);
         let ready = endpoint(2, "us", true, true, false);
-        assert_eq!(
-            chosen(&[slice(vec![published, ready])]),
-            (vec![1, 2], vec![1, 2])
-        );
+        assert_eq!(chosen(&[slice(vec![published, ready])]), (vec![1, 2], vec![1, 2]));
     }
 
     #[test]

@@ -20,10 +20,7 @@ pub struct MassRemoval {
 
 impl Default for MassRemoval {
     fn default() -> Self {
-        Self {
-            percent: 50,
-            at_least: 5,
-        }
+        Self { percent: 50, at_least: 5 }
     }
 }
 
@@ -53,16 +50,9 @@ impl std::fmt::Display for Held {
 pub fn mass_removal(actual: &Tables, desired: &Desired, threshold: MassRemoval) -> Option<Held> {
     let frontends: BTreeSet<_> = desired.frontends.keys().map(frontend_key).collect();
     let backends: BTreeSet<_> = desired.backends.keys().copied().collect();
-    let vteps: BTreeSet<(u32, Addr)> = desired
-        .vteps
-        .keys()
-        .map(|vtep| (vtep.vni, vtep.remote.into()))
-        .collect();
-    let removed_frontends = actual
-        .frontends
-        .keys()
-        .filter(|key| !frontends.contains(key))
-        .count();
+    let vteps: BTreeSet<(u32, Addr)> =
+        desired.vteps.keys().map(|vtep| (vtep.vni, vtep.remote.into())).collect();
+    let removed_frontends = actual.frontends.keys().filter(|key| !frontends.contains(key)).count();
     let removed_backends = actual
         .backends
         .values()
@@ -83,11 +73,7 @@ pub fn mass_removal(actual: &Tables, desired: &Desired, threshold: MassRemoval) 
         *removed >= threshold.at_least as usize
             && removed * 100 > before * usize::from(threshold.percent)
     })
-    .map(|(table, before, removed)| Held {
-        table,
-        before,
-        removed,
-    })
+    .map(|(table, before, removed)| Held { table, before, removed })
 }
 
 #[cfg(test)]
@@ -98,11 +84,7 @@ mod tests {
     use sluice_abi::Frontend;
 
     fn tuple(n: u8) -> Tuple {
-        Tuple {
-            addr: [10, 96, 0, n].into(),
-            port: 80,
-            protocol: Protocol::Tcp,
-        }
+        Tuple { addr: [10, 96, 0, n].into(), port: 80, protocol: Protocol::Tcp }
     }
 
     fn actual(frontends: u8) -> Tables {
@@ -116,19 +98,14 @@ mod tests {
 
     fn desired(frontends: u8) -> Desired {
         let frontend = DesiredFrontend {
-            service: ServicePortName {
-                service: ObjectName::new("ns", "svc"),
-                port: "80".into(),
-            },
+            service: ServicePortName { service: ObjectName::new("ns", "svc"), port: "80".into() },
             flags: 0,
             external: None,
             internal: None,
             affinity_seconds: 0,
         };
         Desired {
-            frontends: (0..frontends)
-                .map(|n| (tuple(n), frontend.clone()))
-                .collect(),
+            frontends: (0..frontends).map(|n| (tuple(n), frontend.clone())).collect(),
             ..Desired::default()
         }
     }
@@ -138,11 +115,7 @@ mod tests {
         let threshold = MassRemoval::default();
         assert_eq!(
             mass_removal(&actual(20), &Desired::default(), threshold),
-            Some(Held {
-                table: "frontends",
-                before: 20,
-                removed: 20
-            })
+            Some(Held { table: "frontends", before: 20, removed: 20 })
         );
         assert_eq!(mass_removal(&actual(20), &desired(10), threshold), None);
         assert!(mass_removal(&actual(20), &desired(9), threshold).is_some());
@@ -151,9 +124,6 @@ mod tests {
     #[test]
     fn few_removals_are_never_held() {
         let threshold = MassRemoval::default();
-        assert_eq!(
-            mass_removal(&actual(4), &Desired::default(), threshold),
-            None
-        );
+        assert_eq!(mass_removal(&actual(4), &Desired::default(), threshold), None);
     }
 }

@@ -20,9 +20,7 @@ pub fn table_size(backends: usize, max: u32) -> u32 {
         0 | 1 => backends as u32,
         _ => {
             let wanted = next_prime(backends.saturating_mul(ENTRIES_PER_BACKEND));
-            let size = wanted
-                .min(previous_prime(max.into()))
-                .max(next_prime(backends));
+            let size = wanted.min(previous_prime(max.into())).max(next_prime(backends));
             u32::try_from(size).unwrap_or(u32::MAX)
         }
     }
@@ -60,10 +58,7 @@ pub fn table(cluster_seed: u64, service_port: &str, backends: &[Tuple], size: u3
         .iter()
         .map(|backend| {
             let key = hash_key(backend);
-            (
-                xxh64(&key, offset_seed) % m,
-                xxh64(&key, skip_seed) % (m - 1) + 1,
-            )
+            (xxh64(&key, offset_seed) % m, xxh64(&key, skip_seed) % (m - 1) + 1)
         })
         .collect();
     const FREE: u32 = u32::MAX;
@@ -95,10 +90,7 @@ fn hash_key(backend: &Tuple) -> [u8; 19] {
 }
 
 fn is_prime(n: u64) -> bool {
-    n >= 2
-        && (2..)
-            .take_while(|d| d * d <= n)
-            .all(|d| !n.is_multiple_of(d))
+    n >= 2 && (2..).take_while(|d| d * d <= n).all(|d| !n.is_multiple_of(d))
 }
 
 /// The smallest prime at or above `n`.

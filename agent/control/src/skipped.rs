@@ -46,10 +46,7 @@ impl Skipped {
 
     /// A notice: left out on purpose.
     pub fn notice(object: impl fmt::Display, reason: impl Into<String>) -> Self {
-        Self {
-            level: Level::Notice,
-            ..Self::error(object, reason)
-        }
+        Self { level: Level::Notice, ..Self::error(object, reason) }
     }
 
     /// With the path of the field.

@@ -66,9 +66,7 @@ impl Tables {
 
     /// The entries of an extent, if the tables hold them.
     pub fn entries(&self, extent: Extent) -> Option<&Arc<[u32]>> {
-        self.extents
-            .get(&extent.offset)
-            .filter(|entries| entries.len() == extent.size as usize)
+        self.extents.get(&extent.offset).filter(|entries| entries.len() == extent.size as usize)
     }
 
     /// Every reference that leads nowhere, as text. Empty in a correct datapath, at every moment.
@@ -80,9 +78,7 @@ impl Tables {
                     continue;
                 }
                 let Some(entries) = self.entries(extent) else {
-                    found.push(format!(
-                        "frontend {key:?}: extent {extent:?} is not written"
-                    ));
+                    found.push(format!("frontend {key:?}: extent {extent:?} is not written"));
                     continue;
                 };
                 let ids: BTreeSet<u32> = entries.iter().copied().collect();
@@ -109,10 +105,7 @@ impl Tables {
         }
         for (index, vtep) in &self.vteps {
             if !self.next_hops.contains_key(&vtep.nexthop) {
-                found.push(format!(
-                    "vtep {index}: next hop {} is missing",
-                    vtep.nexthop
-                ));
+                found.push(format!("vtep {index}: next hop {} is missing", vtep.nexthop));
             }
             if !self.tunnels.contains_key(&vtep.tunnel) {
                 found.push(format!("vtep {index}: tunnel {} is missing", vtep.tunnel));

@@ -89,10 +89,7 @@ pub struct Allocator {
 impl Allocator {
     /// An allocator for maps of these sizes.
     pub fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            ..Self::default()
-        }
+        Self { limits, ..Self::default() }
     }
 
     /// Tables for `desired` that keep every id which `actual` (the maps as they are, with the
@@ -119,10 +116,7 @@ impl Allocator {
         let vteps = self.allocate_vteps(desired, actual, &next_hops, &tunnels, &mut out);
         self.fill_vtep_sources(desired, actual, &vteps, &mut out);
         self.fill_pods(desired, actual, &mut out);
-        let routes = Routes {
-            vteps: &vteps,
-            next_hops: &next_hops,
-        };
+        let routes = Routes { vteps: &vteps, next_hops: &next_hops };
         sets::allocate(self, desired, actual, actual_names, &routes, &mut out);
         self.rest(actual, &out.tables, generation);
         out.skipped.sort();
@@ -139,27 +133,16 @@ impl Allocator {
         }
         let until = generation.saturating_add(self.limits.quarantine);
         let kept = service_ids(tables);
-        self.services.add(
-            service_ids(actual)
-                .into_iter()
-                .filter(|id| !kept.contains(id)),
-            until,
-        );
+        self.services.add(service_ids(actual).into_iter().filter(|id| !kept.contains(id)), until);
         let kept = tables.referenced_extents();
         self.extents.add(
-            actual
-                .referenced_extents()
-                .into_iter()
-                .filter(|extent| !kept.contains(extent)),
+            actual.referenced_extents().into_iter().filter(|extent| !kept.contains(extent)),
             until,
         );
-        self.backends
-            .add(freed(&actual.backends, &tables.backends), until);
-        self.tunnels
-            .add(freed(&actual.tunnels, &tables.tunnels), until);
+        self.backends.add(freed(&actual.backends, &tables.backends), until);
+        self.tunnels.add(freed(&actual.tunnels, &tables.tunnels), until);
         self.vteps.add(freed(&actual.vteps, &tables.vteps), until);
-        self.next_hops
-            .add(freed(&actual.next_hops, &tables.next_hops), until);
+        self.next_hops.add(freed(&actual.next_hops, &tables.next_hops), until);
     }
 
     fn allocate_next_hops(
@@ -185,11 +168,7 @@ impl Allocator {
                 known.entry(destination).or_insert(index);
             }
         }
-        let taken = actual
-            .next_hops
-            .keys()
-            .copied()
-            .chain(self.next_hops.iter());
+        let taken = actual.next_hops.keys().copied().chain(self.next_hops.iter());
         let mut ids = Ids::new(taken, self.limits.next_hops);
         let given = give(desired.next_hops.keys(), &known, &mut ids);
         for (destination, facts) in &desired.next_hops {
@@ -216,10 +195,7 @@ impl Allocator {
     ) -> BTreeMap<TunnelName, u32> {
         let mut known = BTreeMap::new();
         for (index, tunnel) in actual.tunnels.iter().filter(|(index, _)| **index != 0) {
-            let name = TunnelName {
-                vni: tunnel.vni.host() >> 8,
-                ifindex: tunnel.ifindex,
-            };
+            let name = TunnelName { vni: tunnel.vni.host() >> 8, ifindex: tunnel.ifindex };
             known.entry(name).or_insert(*index);
         }
         let in_use = actual.tunnels.keys().copied();
@@ -258,10 +234,7 @@ impl Allocator {
     ) -> BTreeMap<VtepName, u32> {
         let mut known = BTreeMap::new();
         for (index, vtep) in actual.vteps.iter().filter(|(index, _)| **index != 0) {
-            let name = VtepName {
-                vni: vtep.vni.host() >> 8,
-                remote: vtep.remote.to_ip(),
-            };
+            let name = VtepName { vni: vtep.vni.host() >> 8, remote: vtep.remote.to_ip() };
             known.entry(name).or_insert(*index);
         }
         let usable: BTreeMap<VtepName, (&DesiredVtep, u32, u32)> = desired
@@ -277,16 +250,10 @@ impl Allocator {
         let given = give(usable.keys(), &known, &mut ids);
         for (name, (vtep, next_hop, tunnel)) in usable {
             let Some(index) = given.get(&name) else {
-                out.skipped.push(full(
-                    format!("VTEP {}", name.remote),
-                    "vteps",
-                    self.limits.vteps,
-                ));
+                out.skipped.push(full(format!("VTEP {}", name.remote), "vteps", self.limits.vteps));
                 continue;
             };
-            out.tables
-                .vteps
-                .insert(*index, vtep_value(&name, vtep, next_hop, tunnel));
+            out.tables.vteps.insert(*index, vtep_value(&name, vtep, next_hop, tunnel));
             out.names.vteps.insert(
                 *index,
                 VtepLabel {
@@ -310,10 +277,7 @@ impl Allocator {
             .vtep_sources
             .iter()
             .filter_map(|(source, vtep)| {
-                let key = VtepKey {
-                    source: source.source.into(),
-                    vni: Be32::new(source.vni << 8),
-                };
+                let key = VtepKey { source: source.source.into(), vni: Be32::new(source.vni << 8) };
                 Some((key, *vteps.get(vtep)?))
             })
             .collect();
@@ -331,22 +295,15 @@ impl Allocator {
     }
 
     fn fill_pods(&self, desired: &Desired, actual: &Tables, out: &mut Allocation) {
-        let mut wanted: Vec<(sluice_abi::Addr, &PodFacts)> = desired
-            .pods
-            .iter()
-            .map(|(addr, facts)| ((*addr).into(), facts))
-            .collect();
+        let mut wanted: Vec<(sluice_abi::Addr, &PodFacts)> =
+            desired.pods.iter().map(|(addr, facts)| ((*addr).into(), facts)).collect();
         wanted.sort_by_key(|(addr, _)| (!actual.pods.contains_key(addr), *addr));
         let room = self.limits.pods as usize;
         for (addr, _) in wanted.iter().skip(room) {
-            out.skipped
-                .push(full(format!("pod {addr}"), "pods", self.limits.pods));
+            out.skipped.push(full(format!("pod {addr}"), "pods", self.limits.pods));
         }
-        out.tables.pods = wanted
-            .into_iter()
-            .take(room)
-            .map(|(addr, facts)| (addr, pod(facts)))
-            .collect();
+        out.tables.pods =
+            wanted.into_iter().take(room).map(|(addr, facts)| (addr, pod(facts))).collect();
     }
 }
 
@@ -400,18 +357,9 @@ fn service_ids(tables: &Tables) -> BTreeSet<u32> {
 
 fn next_hop(facts: &NextHopFacts) -> NextHop {
     match *facts {
-        NextHopFacts::Resolved {
-            ifindex,
-            mtu,
-            dst_mac,
-            src_mac,
-        } => NextHop {
-            ifindex,
-            mtu,
-            dst_mac,
-            src_mac,
-            reserved: 0,
-        },
+        NextHopFacts::Resolved { ifindex, mtu, dst_mac, src_mac } => {
+            NextHop { ifindex, mtu, dst_mac, src_mac, reserved: 0 }
+        }
         NextHopFacts::Unresolved {} => NextHop::default(),
     }
 }
@@ -437,21 +385,14 @@ fn vtep_value(name: &VtepName, vtep: &DesiredVtep, nexthop: u32, tunnel: u32) ->
         if net.addr().is_ipv4() {
             mask.0[..12].fill(0xff);
         }
-        *place = PodNet {
-            net: net.network().into(),
-            mask,
-        };
+        *place = PodNet { net: net.network().into(), mask };
     }
     Vtep {
         remote,
         local,
         vni: Be32::new(name.vni << 8),
         port: Be16::new(vtep.port),
-        ip_sum: if name.remote.is_ipv4() {
-            Vtep::outer_ip_sum(local, remote)
-        } else {
-            0
-        },
+        ip_sum: if name.remote.is_ipv4() { Vtep::outer_ip_sum(local, remote) } else { 0 },
         remote_mac: vtep.remote_mac,
         local_mac: vtep.local_mac,
         nexthop,

@@ -85,9 +85,7 @@ pub(super) fn allocate(
     let limits = allocator.limits;
     let candidates = candidates(desired);
     let known = known_services(&candidates, actual, actual_names);
-    let taken = service_ids(actual)
-        .into_iter()
-        .chain(allocator.services.iter());
+    let taken = service_ids(actual).into_iter().chain(allocator.services.iter());
     let mut service_ids = Ids::new(taken, limits.services);
     let mut known_backends = BTreeMap::new();
     for (id, backend) in actual.backends.iter().filter(|(id, _)| **id != 0) {
@@ -104,11 +102,7 @@ pub(super) fn allocate(
         routes,
         cache: &mut cache,
         backend_ids: Ids::new(
-            actual
-                .backends
-                .keys()
-                .copied()
-                .chain(allocator.backends.iter()),
+            actual.backends.keys().copied().chain(allocator.backends.iter()),
             limits.backends,
         ),
         known_backends,
@@ -122,31 +116,19 @@ pub(super) fn allocate(
     };
     // Deletions come after additions, so what goes still takes its room.
     let wanted: BTreeSet<FrontendKey> = desired.frontends.keys().map(frontend_key).collect();
-    let leaving = actual
-        .frontends
-        .keys()
-        .filter(|k| !wanted.contains(k))
-        .count();
+    let leaving = actual.frontends.keys().filter(|k| !wanted.contains(k)).count();
     work.frontend_room = work.frontend_room.saturating_sub(leaving);
 
-    let (old, new): (Vec<_>, Vec<_>) = candidates
-        .values()
-        .partition(|c| known.contains_key(c.name));
+    let (old, new): (Vec<_>, Vec<_>) =
+        candidates.values().partition(|c| known.contains_key(c.name));
     let staying: usize = old
         .iter()
         .flat_map(|c| &c.frontends)
         .filter(|(key, _)| actual.frontends.contains_key(key))
         .count();
     work.frontend_room = work.frontend_room.saturating_sub(staying);
-    for (candidate, is_new) in old
-        .iter()
-        .map(|c| (c, false))
-        .chain(new.iter().map(|c| (c, true)))
-    {
-        let id = known
-            .get(candidate.name)
-            .copied()
-            .or_else(|| service_ids.take());
+    for (candidate, is_new) in old.iter().map(|c| (c, false)).chain(new.iter().map(|c| (c, true))) {
+        let id = known.get(candidate.name).copied().or_else(|| service_ids.take());
         let Some(id) = id else {
             out.skipped.push(full(
                 format!("Service {}", candidate.name),
@@ -168,17 +150,13 @@ pub(super) fn allocate(
 fn candidates(desired: &Desired) -> BTreeMap<&ServicePortName, Candidate<'_>> {
     let mut candidates: BTreeMap<&ServicePortName, Candidate<'_>> = BTreeMap::new();
     for (tuple, frontend) in &desired.frontends {
-        let candidate = candidates
-            .entry(&frontend.service)
-            .or_insert_with(|| Candidate {
-                name: &frontend.service,
-                frontends: Vec::new(),
-                sets: BTreeSet::new(),
-            });
+        let candidate = candidates.entry(&frontend.service).or_insert_with(|| Candidate {
+            name: &frontend.service,
+            frontends: Vec::new(),
+            sets: BTreeSet::new(),
+        });
         candidate.frontends.push((frontend_key(tuple), frontend));
-        candidate
-            .sets
-            .extend(frontend.external.iter().chain(&frontend.internal));
+        candidate.sets.extend(frontend.external.iter().chain(&frontend.internal));
     }
     candidates
 }
@@ -234,11 +212,7 @@ impl Work<'_> {
     ) -> Result<(), Box<Skipped>> {
         let title = || format!("Service {}", candidate.name);
         let added = |key: &FrontendKey| is_new || !self.actual.frontends.contains_key(key);
-        let new_frontends = candidate
-            .frontends
-            .iter()
-            .filter(|(key, _)| added(key))
-            .count();
+        let new_frontends = candidate.frontends.iter().filter(|(key, _)| added(key)).count();
         let fits = new_frontends <= self.frontend_room;
         if !fits {
             let problem = full(title(), "frontends", limits.frontends);
@@ -260,11 +234,8 @@ impl Work<'_> {
             let (backends, left_out) = self.backends(set);
             if left_out > 0 {
                 out.skipped.push(
-                    Skipped::error(
-                        title(),
-                        format!("{left_out} endpoints are left out: no room"),
-                    )
-                    .remedy("raise limits.backends, limits.vteps or limits.next_hops"),
+                    Skipped::error(title(), format!("{left_out} endpoints are left out: no room"))
+                        .remedy("raise limits.backends, limits.vteps or limits.next_hops"),
                 );
             }
             if backends.is_empty() {
@@ -284,11 +255,7 @@ impl Work<'_> {
                     for (offset, _) in extents.values() {
                         self.owners.remove(offset);
                     }
-                    return Err(Box::new(full(
-                        title(),
-                        "maglev_entries",
-                        limits.maglev_entries,
-                    )));
+                    return Err(Box::new(full(title(), "maglev_entries", limits.maglev_entries)));
                 }
             }
         }
@@ -299,10 +266,7 @@ impl Work<'_> {
         let extent = |set: &Option<SetKey>| -> Extent {
             set.as_ref().and_then(|set| extents.get(set)).map_or(
                 Extent::default(),
-                |(offset, entries)| Extent {
-                    offset: *offset,
-                    size: entries.len() as u32,
-                },
+                |(offset, entries)| Extent { offset: *offset, size: entries.len() as u32 },
             )
         };
         for (key, frontend) in &candidate.frontends {
@@ -347,12 +311,7 @@ impl Work<'_> {
 
     /// The backends of a set with their ids, in order, and how many found no room.
     fn backends(&mut self, set: &SetKey) -> (Vec<(Tuple, u32)>, usize) {
-        let tuples = self
-            .desired
-            .sets
-            .get(set)
-            .map(Vec::as_slice)
-            .unwrap_or_default();
+        let tuples = self.desired.sets.get(set).map(Vec::as_slice).unwrap_or_default();
         let mut backends = Vec::with_capacity(tuples.len());
         for tuple in tuples {
             let Some(desired) = self.desired.backends.get(tuple) else {
@@ -380,10 +339,9 @@ impl Work<'_> {
     /// Enters the backends of a set into the tables.
     fn write_backends(&self, set: &SetKey, out: &mut Allocation) {
         for tuple in self.desired.sets.get(set).into_iter().flatten() {
-            let (Some(id), Some(desired)) = (
-                self.given_backends.get(tuple),
-                self.desired.backends.get(tuple),
-            ) else {
+            let (Some(id), Some(desired)) =
+                (self.given_backends.get(tuple), self.desired.backends.get(tuple))
+            else {
                 continue;
             };
             if let Some(value) = self.routes.backend(tuple, desired.route) {
@@ -427,10 +385,7 @@ impl Work<'_> {
         for extent in &old {
             if let Some(present) = self.actual.entries(*extent)
                 && *present == wanted
-                && self
-                    .owners
-                    .get(&extent.offset)
-                    .is_none_or(|owner| owner == set)
+                && self.owners.get(&extent.offset).is_none_or(|owner| owner == set)
             {
                 self.owners.insert(extent.offset, set.clone());
                 return Some((extent.offset, present.clone(), false));
@@ -468,10 +423,9 @@ impl Work<'_> {
             let Some(actual) = self.actual.frontends.get(key) else {
                 continue;
             };
-            for (wanted, extent) in [
-                (&frontend.external, actual.external),
-                (&frontend.internal, actual.internal),
-            ] {
+            for (wanted, extent) in
+                [(&frontend.external, actual.external), (&frontend.internal, actual.internal)]
+            {
                 if wanted.as_ref() == Some(set) && extent.size != 0 && !found.contains(&extent) {
                     found.push(extent);
                 }

@@ -12,11 +12,7 @@ pub(super) struct Ids {
 impl Ids {
     /// `taken` are in use or rest; `limit` is the size of the map.
     pub(super) fn new(taken: impl IntoIterator<Item = u32>, limit: u32) -> Self {
-        Self {
-            taken: taken.into_iter().filter(|id| *id < limit).collect(),
-            next: 1,
-            limit,
-        }
+        Self { taken: taken.into_iter().filter(|id| *id < limit).collect(), next: 1, limit }
     }
 
     /// How many are free.
@@ -88,9 +84,7 @@ pub(super) struct Resting<T> {
 
 impl<T> Default for Resting<T> {
     fn default() -> Self {
-        Self {
-            until: BTreeMap::new(),
-        }
+        Self { until: BTreeMap::new() }
     }
 }
 
@@ -117,10 +111,7 @@ mod tests {
     fn ids_start_at_one_and_skip_what_is_taken() {
         let mut ids = Ids::new([0, 1, 3, 99], 5);
         assert_eq!(ids.free(), 2);
-        assert_eq!(
-            [ids.take(), ids.take(), ids.take()],
-            [Some(2), Some(4), None]
-        );
+        assert_eq!([ids.take(), ids.take(), ids.take()], [Some(2), Some(4), None]);
         assert_eq!(ids.free(), 0);
     }
 

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::Desired;
 use super::tunnels::CidrTable;
 use crate::Skipped;
-use crate::model::{NodeContext, Protocol, Service, ServicePort, Snapshot, Tuple};
+use crate::model::{NodeContext, ObjectName, Protocol, Service, ServicePort, Snapshot, Tuple};
 
 /// What kind of address a frontend has. In the order of precedence: the API server gives out
 /// ClusterIPs and node ports, load balancers are set by a controller, external IPs by anybody.
@@ -61,6 +62,7 @@ pub(super) fn family(addr: IpAddr) -> Family {
 pub(super) fn claims<'a>(
     snapshot: &'a Snapshot,
     node: &NodeContext,
+    desired: &Desired,
     cidrs: &CidrTable,
     skipped: &mut Vec<Skipped>,
 ) -> Vec<Claim<'a>> {
@@ -77,7 +79,7 @@ pub(super) fn claims<'a>(
             .then_with(|| a.service.name.cmp(&b.service.name))
             .then_with(|| a.port.name.cmp(&b.port.name))
     });
-    let guard = Guard::new(snapshot, node, cidrs);
+    let guard = Guard::new(snapshot, node, desired, cidrs);
     let mut held: Vec<Claim<'a>> = Vec::with_capacity(wanted.len());
     for claim in wanted {
         let title = format!("Service {}", claim.service.name);
@@ -92,10 +94,7 @@ pub(super) fn claims<'a>(
                 skipped.push(
                     Skipped::error(
                         title,
-                        format!(
-                            "{} is taken by Service {}",
-                            claim.tuple, holder.service.name
-                        ),
+                        format!("{} is taken by Service {}", claim.tuple, holder.service.name),
                     )
                     .within(&claim.service.origin)
                     .at(claim.kind.field())
@@ -118,13 +117,10 @@ pub(super) fn claims<'a>(
 }
 
 /// Families in which a Service has slices, by the Service's name.
-fn slice_families(snapshot: &Snapshot) -> BTreeMap<&crate::model::ObjectName, BTreeSet<Family>> {
+fn slice_families(snapshot: &Snapshot) -> BTreeMap<&ObjectName, BTreeSet<Family>> {
     let mut families: BTreeMap<_, BTreeSet<Family>> = BTreeMap::new();
     for slice in snapshot.slices.values() {
-        families
-            .entry(&slice.service)
-            .or_default()
-            .insert(slice.family);
+        families.entry(&slice.service).or_default().insert(slice.family);
     }
     families
 }
@@ -141,21 +137,14 @@ fn wish<'a>(
         if service.cluster_ips.is_empty() {
             of_slices.is_some_and(|families| families.contains(&family(*addr)))
         } else {
-            service
-                .cluster_ips
-                .iter()
-                .any(|ip| ip.is_ipv4() == addr.is_ipv4())
+            service.cluster_ips.iter().any(|ip| ip.is_ipv4() == addr.is_ipv4())
         }
     };
     for port in &service.ports {
         let mut claim = |kind: FrontendKind, addr: &IpAddr, number: u16| {
             if has_family(addr) {
                 wanted.push(Claim {
-                    tuple: Tuple {
-                        addr: *addr,
-                        port: number,
-                        protocol: port.protocol,
-                    },
+                    tuple: Tuple { addr: *addr, port: number, protocol: port.protocol },
                     kind,
                     service,
                     port,
@@ -186,21 +175,28 @@ struct Guard<'a> {
     cidrs: &'a CidrTable,
     /// Addresses of all nodes, ours too.
     node_addresses: BTreeSet<IpAddr>,
+    /// ClusterIPs and whose they are.
+    cluster_ips: BTreeMap<IpAddr, &'a ObjectName>,
 }
 
 impl<'a> Guard<'a> {
-    fn new(snapshot: &Snapshot, node: &'a NodeContext, cidrs: &'a CidrTable) -> Self {
-        let mut node_addresses: BTreeSet<IpAddr> = node
-            .addresses
-            .union(&node.node_port_addresses)
-            .copied()
-            .collect();
+    fn new(
+        snapshot: &'a Snapshot,
+        node: &'a NodeContext,
+        desired: &Desired,
+        cidrs: &'a CidrTable,
+    ) -> Self {
+        let mut node_addresses: BTreeSet<IpAddr> =
+            node.addresses.union(&node.node_port_addresses).copied().collect();
         node_addresses.extend(snapshot.nodes.values().flat_map(|node| &node.addresses));
-        Self {
-            node,
-            cidrs,
-            node_addresses,
+        node_addresses.extend(desired.vtep_sources.keys().map(|source| source.source));
+        let mut cluster_ips = BTreeMap::new();
+        for service in snapshot.services.values() {
+            for ip in &service.cluster_ips {
+                cluster_ips.entry(*ip).or_insert(&service.name);
+            }
         }
+        Self { cluster_ips, node, cidrs, node_addresses }
     }
 
     /// Why the claim must not hold, if so.
@@ -218,6 +214,9 @@ impl<'a> Guard<'a> {
         let is_pod = self.node.pods.contains_key(&addr)
             || self.node.pod_cidrs.iter().any(|net| net.contains(&addr))
             || self.cidrs.find(addr).is_some();
+        let cluster_ip_of = self.cluster_ips.get(&addr).filter(|owner| {
+            claim.kind != FrontendKind::ClusterIp && **owner != &claim.service.name
+        });
         if addr.is_unspecified() || addr.is_loopback() || addr.is_multicast() {
             Some(format!("{tuple} is no address that a Service can have"))
         } else if is_node && fail_safe {
@@ -226,6 +225,8 @@ impl<'a> Guard<'a> {
             Some(format!("{tuple} is the API server"))
         } else if is_node && claim.kind == FrontendKind::ClusterIp {
             Some(format!("{tuple} is the address of a node"))
+        } else if let Some(owner) = cluster_ip_of {
+            Some(format!("{addr} is the ClusterIP of Service {owner}"))
         } else if is_pod && claim.kind != FrontendKind::NodePort {
             Some(format!("{tuple} is in a pod CIDR"))
         } else {

@@ -180,13 +180,10 @@ struct Sets {
 impl<'a> Compiler<'a> {
     fn run(snapshot: &'a Snapshot, node: &'a NodeContext) -> (Compiled, BTreeSet<IpAddr>) {
         let mut skipped = Vec::new();
-        let mut desired = Desired {
-            pods: node.pods.clone(),
-            maglev: node.maglev,
-            ..Desired::default()
-        };
+        let mut desired =
+            Desired { pods: node.pods.clone(), maglev: node.maglev, ..Desired::default() };
         let cidrs = tunnels::compile(snapshot, node, &mut desired, &mut skipped);
-        let claims = frontends::claims(snapshot, node, &cidrs, &mut skipped);
+        let claims = frontends::claims(snapshot, node, &desired, &cidrs, &mut skipped);
         let mut slices: BTreeMap<&ObjectName, Vec<&EndpointSlice>> = BTreeMap::new();
         for slice in snapshot.slices.values() {
             slices.entry(&slice.service).or_default().push(slice);
@@ -222,14 +219,34 @@ impl<'a> Compiler<'a> {
                     .within(&service.origin),
             );
         }
+        compiler.drop_unused();
         skipped.extend(compiler.unreachable.into_values());
         skipped.sort();
         skipped.dedup();
-        let compiled = Compiled {
-            desired: compiler.desired,
-            skipped,
-        };
+        let compiled = Compiled { desired: compiler.desired, skipped };
         (compiled, compiler.wanted)
+    }
+
+    /// Takes out sets that no policy of a frontend chooses, and what only they need.
+    fn drop_unused(&mut self) {
+        let desired = &mut self.desired;
+        let used: BTreeSet<&SetKey> = desired
+            .frontends
+            .values()
+            .flat_map(|frontend| frontend.external.iter().chain(&frontend.internal))
+            .collect();
+        desired.sets.retain(|key, _| used.contains(key));
+        let used: BTreeSet<Tuple> = desired.sets.values().flatten().copied().collect();
+        desired.backends.retain(|tuple, _| used.contains(tuple));
+        let mut used: BTreeSet<IpAddr> = desired.vteps.keys().map(|vtep| vtep.remote).collect();
+        used.extend(
+            desired
+                .backends
+                .iter()
+                .filter(|(_, backend)| backend.route == DesiredRoute::Plain)
+                .map(|(tuple, _)| tuple.addr),
+        );
+        desired.next_hops.retain(|addr, _| used.contains(addr));
     }
 
     /// A VTEP without a known way still decapsulates: its next hop is there, but unresolved.
@@ -281,11 +298,7 @@ impl<'a> Compiler<'a> {
         if backends.is_empty() {
             return None;
         }
-        let key = SetKey {
-            service: name.clone(),
-            family,
-            local,
-        };
+        let key = SetKey { service: name.clone(), family, local };
         self.desired.sets.insert(key.clone(), backends);
         Some(key)
     }
@@ -311,17 +324,11 @@ impl<'a> Compiler<'a> {
         let pod = endpoint.pod.as_ref();
         let backend = DesiredBackend {
             route,
-            pod: pod
-                .or_else(|| self.pod_names.get(&tuple.addr).copied())
-                .cloned(),
+            pod: pod.or_else(|| self.pod_names.get(&tuple.addr).copied()).cloned(),
             node: endpoint.node.clone(),
         };
         // One endpoint behind two Services: the entry that knows more stays, whatever the order.
-        let entry = self
-            .desired
-            .backends
-            .entry(tuple)
-            .or_insert(backend.clone());
+        let entry = self.desired.backends.entry(tuple).or_insert(backend.clone());
         if (&backend.node, &backend.pod) > (&entry.node, &entry.pod) {
             *entry = backend;
         }

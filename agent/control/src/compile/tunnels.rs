@@ -32,10 +32,7 @@ impl CidrTable {
 
     /// Enters `net` unless another VTEP has it; returns that one.
     fn insert(&mut self, net: IpNet, vtep: VtepName) -> Option<VtepName> {
-        let nets = self
-            .by_length
-            .entry(std::cmp::Reverse(net.prefix_len()))
-            .or_default();
+        let nets = self.by_length.entry(std::cmp::Reverse(net.prefix_len())).or_default();
         let owner = *nets.entry(net.network()).or_insert(vtep);
         (owner != vtep).then_some(owner)
     }
@@ -47,6 +44,13 @@ struct Peer<'a> {
     mac: Mac,
     pod_cidrs: Vec<IpNet>,
     node: Option<&'a Arc<Node>>,
+}
+
+impl Peer<'_> {
+    /// Where its Node comes from; empty for facts of the kernel.
+    fn origin(&self) -> &str {
+        self.node.map_or("", |node| &node.origin)
+    }
 }
 
 /// Fills tunnels, VTEPs and VTEP sources of `desired`.
@@ -61,20 +65,14 @@ pub(super) fn compile(
     let mut tunnels: Vec<&TunnelFacts> = node.tunnels.iter().collect();
     tunnels.sort_by_key(|t| (t.vni, t.ifindex, t.underlay));
     for facts in tunnels {
-        let name = TunnelName {
-            vni: facts.vni,
-            ifindex: facts.ifindex,
-        };
+        let name = TunnelName { vni: facts.vni, ifindex: facts.ifindex };
         if let Some(problem) = tunnel_problem(facts, &name, desired) {
             skipped.push(problem);
             continue;
         }
         desired.tunnels.insert(name, tunnel(facts));
         for peer in peers(snapshot, node, facts) {
-            let vtep = VtepName {
-                vni: facts.vni,
-                remote: peer.remote,
-            };
+            let vtep = VtepName { vni: facts.vni, remote: peer.remote };
             if desired.vteps.contains_key(&vtep) || node.addresses.contains(&peer.remote) {
                 continue;
             }
@@ -85,6 +83,7 @@ pub(super) fn compile(
             if peer.mac.is_zero() || peer.mac.is_group() {
                 skipped.push(
                     Skipped::error(&title, format!("{} is not a device's MAC", peer.mac))
+                        .within(peer.origin())
                         .remedy("its packets are left to the kernel; check the FDB"),
                 );
                 continue;
@@ -93,17 +92,12 @@ pub(super) fn compile(
             if pod_cidrs.is_empty() {
                 skipped.push(
                     Skipped::error(&title, "no pod CIDR of it is known")
+                        .within(peer.origin())
                         .remedy("its packets are left to the kernel; set the Node's podCIDRs"),
                 );
                 continue;
             }
-            desired.vtep_sources.insert(
-                VtepSource {
-                    source: peer.remote,
-                    vni: facts.vni,
-                },
-                vtep,
-            );
+            desired.vtep_sources.insert(VtepSource { source: peer.remote, vni: facts.vni }, vtep);
             for source in peer.node.iter().flat_map(|node| &node.addresses) {
                 if source.is_ipv4() == peer.remote.is_ipv4() && !node.addresses.contains(source) {
                     extra_sources.push((*source, vtep, title.clone()));
@@ -125,10 +119,7 @@ pub(super) fn compile(
     }
     // Every VTEP's own address first: no other node's list of addresses can take it away.
     for (source, vtep, title) in extra_sources {
-        let key = VtepSource {
-            source,
-            vni: vtep.vni,
-        };
+        let key = VtepSource { source, vni: vtep.vni };
         let owner = *desired.vtep_sources.entry(key).or_insert(vtep);
         if owner != vtep {
             skipped.push(
@@ -148,10 +139,7 @@ fn tunnel_problem(facts: &TunnelFacts, name: &TunnelName, desired: &Desired) -> 
     let reason = if facts.vni >= 1 << 24 {
         format!("{} is not a VNI", facts.vni)
     } else if desired.tunnels.contains_key(name) {
-        format!(
-            "another tunnel has VNI {} and interface {}",
-            name.vni, name.ifindex
-        )
+        format!("another tunnel has VNI {} and interface {}", name.vni, name.ifindex)
     } else if desired.tunnels.len() >= room {
         format!("there are more than {room} tunnels")
     } else {
@@ -168,14 +156,8 @@ fn tunnel(facts: &TunnelFacts) -> Tunnel {
         // 24 bits of VNI, then a reserved byte (RFC 7348 section 5).
         vni: Be32::new(facts.vni << 8),
         ifindex: facts.ifindex,
-        addr_v4: facts
-            .inner_v4
-            .filter(IpAddr::is_ipv4)
-            .map_or(Addr::NONE, Addr::from),
-        addr_v6: facts
-            .inner_v6
-            .filter(IpAddr::is_ipv6)
-            .map_or(Addr::NONE, Addr::from),
+        addr_v4: facts.inner_v4.filter(IpAddr::is_ipv4).map_or(Addr::NONE, Addr::from),
+        addr_v6: facts.inner_v6.filter(IpAddr::is_ipv6).map_or(Addr::NONE, Addr::from),
         mac: facts.mac,
         port: Be16::new(facts.port),
         local: facts.underlay.into(),
@@ -195,11 +177,8 @@ fn peers<'a>(snapshot: &'a Snapshot, node: &NodeContext, facts: &TunnelFacts) ->
     let of_node =
         |node: &Node| -> Vec<IpNet> { node.pod_cidrs.iter().copied().filter(has_inner).collect() };
     let mut by_address: BTreeMap<IpAddr, &'a Arc<Node>> = BTreeMap::new();
-    let others: Vec<&'a Arc<Node>> = snapshot
-        .nodes
-        .values()
-        .filter(|other| other.name != node.node_name)
-        .collect();
+    let others: Vec<&'a Arc<Node>> =
+        snapshot.nodes.values().filter(|other| other.name != node.node_name).collect();
     for other in &others {
         let underlays = other.tunnels.iter().map(|tunnel| &tunnel.underlay);
         for address in underlays.chain(&other.addresses) {
@@ -224,12 +203,7 @@ fn peers<'a>(snapshot: &'a Snapshot, node: &NodeContext, facts: &TunnelFacts) ->
         } else {
             peer.pod_cidrs.iter().map(IpNet::trunc).collect()
         };
-        peers.push(Peer {
-            remote: peer.remote,
-            mac: peer.mac,
-            pod_cidrs,
-            node,
-        });
+        peers.push(Peer { remote: peer.remote, mac: peer.mac, pod_cidrs, node });
     }
     for other in others {
         for tunnel in &other.tunnels {
@@ -283,6 +257,7 @@ fn pod_cidrs(
         };
         skipped.push(
             Skipped::error(title, reason)
+                .within(peer.origin())
                 .at("pod CIDR")
                 .remedy("packets of this network are left to the kernel"),
         );

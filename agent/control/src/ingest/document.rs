@@ -26,16 +26,17 @@ pub fn ingest(origin: &Origin, text: &str) -> Ingested {
         if !has_content(document.text) {
             continue;
         }
+        let place = format!("document {} (line {})", number + 1, document.line);
         match parse(document.text) {
             Ok(Value::Null) => {}
-            Ok(value) => flatten(origin, value, None, 0, &mut out),
+            Ok(value) => {
+                let list = List { place: &place, depth: 0, item: None };
+                flatten(origin, value, &list, &mut out);
+            }
             Err(message) => out.skipped.push(
-                Skipped::error(
-                    format!("document {} (line {})", number + 1, document.line),
-                    format!("is not YAML: {message}"),
-                )
-                .within(origin)
-                .remedy("correct the document; the others of the file are used"),
+                Skipped::error(place, format!("is not YAML: {message}"))
+                    .within(origin)
+                    .remedy("correct the document; the others of the file are used"),
             ),
         }
     }
@@ -60,28 +61,20 @@ fn documents(text: &str) -> impl Iterator<Item = Document<'_>> {
             .or_else(|| line.strip_prefix("..."))
             .is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']));
         if marker {
-            found.push(Document {
-                line: start_line,
-                text: &text[start..offset],
-            });
+            found.push(Document { line: start_line, text: &text[start..offset] });
             // What follows the marker on its line belongs to the document: `--- {kind: Service}`.
             start = offset + 3;
             start_line = i + 1;
         }
         offset += line.len();
     }
-    found.push(Document {
-        line: start_line,
-        text: &text[start..],
-    });
+    found.push(Document { line: start_line, text: &text[start..] });
     found.into_iter()
 }
 
 /// Whether a document is more than comments and white space.
 fn has_content(text: &str) -> bool {
-    text.lines()
-        .map(str::trim)
-        .any(|line| !line.is_empty() && !line.starts_with('#'))
+    text.lines().map(str::trim).any(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
 fn parse(text: &str) -> Result<Value, String> {
@@ -94,25 +87,25 @@ fn parse(text: &str) -> Result<Value, String> {
     serde_saphyr::from_str_with_options::<Value>(text, options).map_err(|error| {
         let message = error.without_snippet().to_string();
         let line = message.lines().next().unwrap_or_default();
-        line.chars()
-            .filter(|c| !c.is_control())
-            .take(MAX_MESSAGE)
-            .collect()
+        line.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE).collect()
     })
 }
 
-/// Hands over every object of `value`, which may be a list. `of` is the kind of a typed list,
-/// whose items need not repeat it.
-fn flatten(
-    origin: &Origin,
-    value: Value,
-    of: Option<(&str, &str)>,
+/// Where an object stands.
+struct List<'a> {
+    /// For messages about an object that has no name.
+    place: &'a str,
+    /// Lists around it.
     depth: u32,
-    out: &mut Ingested,
-) {
+    /// Version and kind of a typed list's items, which need not repeat them.
+    item: Option<(&'a str, &'a str)>,
+}
+
+/// Hands over every object of `value`, which may be a list.
+fn flatten(origin: &Origin, value: Value, list: &List<'_>, out: &mut Ingested) {
     let Value::Object(mut fields) = value else {
         out.skipped.push(
-            Skipped::error("document", "is not a Kubernetes object")
+            Skipped::error(list.place, "is not a Kubernetes object")
                 .within(origin)
                 .remedy("a document has the fields apiVersion, kind and metadata"),
         );
@@ -124,13 +117,13 @@ fn flatten(
     };
     let (mut version, mut kind) = (text("apiVersion"), text("kind"));
     if kind.is_empty()
-        && let Some((list_version, item_kind)) = of
+        && let Some((list_version, item_kind)) = list.item
     {
         (version, kind) = (list_version.to_owned(), item_kind.to_owned());
     }
     if kind.is_empty() {
         out.skipped.push(
-            Skipped::error("document", "is missing or not text")
+            Skipped::error(list.place, "is missing or not text")
                 .within(origin)
                 .at("kind")
                 .remedy("a document has the fields apiVersion, kind and metadata"),
@@ -140,27 +133,27 @@ fn flatten(
     if let Some(item_kind) = kind.strip_suffix("List")
         && matches!(item_kind, "" | "Service" | "EndpointSlice" | "Node" | "Pod")
     {
-        if depth >= MAX_LIST_DEPTH {
+        if list.depth >= MAX_LIST_DEPTH {
             out.skipped.push(
-                Skipped::error(&kind, "lists are nested too deep")
-                    .within(origin)
-                    .at("items"),
+                Skipped::error(&kind, "lists are nested too deep").within(origin).at("items"),
             );
             return;
         }
         match fields.remove("items") {
             Some(Value::Array(items)) => {
-                let of = (!item_kind.is_empty()).then_some((version.as_str(), item_kind));
+                let items_of = List {
+                    place: list.place,
+                    depth: list.depth + 1,
+                    item: (!item_kind.is_empty()).then_some((version.as_str(), item_kind)),
+                };
                 for item in items {
-                    flatten(origin, item, of, depth + 1, out);
+                    flatten(origin, item, &items_of, out);
                 }
             }
             None | Some(Value::Null) => {}
-            Some(_) => out.skipped.push(
-                Skipped::error(&kind, "is not a sequence")
-                    .within(origin)
-                    .at("items"),
-            ),
+            Some(_) => out
+                .skipped
+                .push(Skipped::error(&kind, "is not a sequence").within(origin).at("items")),
         }
         return;
     }
@@ -214,11 +207,9 @@ fn count(ignored: &mut BTreeMap<String, usize>, version: &str, kind: &str) {
 /// `Kind namespace/name` of an object that may lack either.
 fn title(kind: &str, value: &Value) -> String {
     let text = |name: &str| match value.pointer(&format!("/metadata/{name}")) {
-        Some(Value::String(text)) => text
-            .chars()
-            .filter(|c| !c.is_control())
-            .take(253)
-            .collect::<String>(),
+        Some(Value::String(text)) => {
+            text.chars().filter(|c| !c.is_control()).take(253).collect::<String>()
+        }
         _ => String::new(),
     };
     match (text("namespace"), text("name")) {
@@ -240,11 +231,8 @@ fn typed<T: DeserializeOwned>(
         .map_err(|error| {
             let path = error.path().to_string();
             let reason: String = error.into_inner().to_string();
-            let reason: String = reason
-                .chars()
-                .filter(|c| !c.is_control())
-                .take(MAX_MESSAGE)
-                .collect();
+            let reason: String =
+                reason.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE).collect();
             skipped.push(
                 Skipped::error(title, reason)
                     .within(origin)
@@ -268,25 +256,16 @@ mod tests {
 
     #[test]
     fn bad_document_leaves_its_neighbours_alone() {
-        let out = read(&format!(
-            "{GOOD}---\nkind: [unclosed\n---\n{}",
-            GOOD.replace("good", "b")
-        ));
+        let out = read(&format!("{GOOD}---\nkind: [unclosed\n---\n{}", GOOD.replace("good", "b")));
         assert_eq!(out.objects.len(), 2);
         assert_eq!(out.skipped.len(), 1);
         let message = out.skipped[0].to_string();
-        assert!(
-            message.starts_with("test.yaml: document 2 (line 5): is not YAML"),
-            "{message}"
-        );
+        assert!(message.starts_with("test.yaml: document 2 (line 5): is not YAML"), "{message}");
     }
 
     #[test]
     fn wrong_type_names_object_and_field() {
-        let out = read(&format!(
-            "{GOOD}---\n{}",
-            GOOD.replace("port: 80", "port: eighty")
-        ));
+        let out = read(&format!("{GOOD}---\n{}", GOOD.replace("port: 80", "port: eighty")));
         assert_eq!(out.objects.len(), 1);
         assert_eq!(out.skipped[0].object, "Service default/good");
         assert_eq!(out.skipped[0].field, "spec.ports[0].port");

@@ -40,15 +40,11 @@ pub(super) struct Subject<'a> {
 
 impl<'a> Subject<'a> {
     pub(super) fn error(&self, field: impl Into<String>, reason: impl Into<String>) -> Skipped {
-        Skipped::error(&self.title, reason)
-            .within(self.origin)
-            .at(field)
+        Skipped::error(&self.title, reason).within(self.origin).at(field)
     }
 
     pub(super) fn notice(&self, field: impl Into<String>, reason: impl Into<String>) -> Skipped {
-        Skipped::notice(&self.title, reason)
-            .within(self.origin)
-            .at(field)
+        Skipped::notice(&self.title, reason).within(self.origin).at(field)
     }
 
     /// Subject and name of an object, or why it has none.
@@ -91,8 +87,7 @@ impl<'a> Subject<'a> {
         let port = u16::try_from(number).ok().and_then(NonZeroU16::new);
         if port.is_none() {
             skipped.push(
-                self.error(field, format!("{number} is not a port"))
-                    .remedy("use 1 to 65535"),
+                self.error(field, format!("{number} is not a port")).remedy("use 1 to 65535"),
             );
         }
         port
@@ -129,12 +124,10 @@ impl<'a> Subject<'a> {
         text: &str,
         skipped: &mut Vec<Skipped>,
     ) -> Option<IpAddr> {
-        match parse_ip(text)
-            .ok_or("is not an IP address")
-            .and_then(|ip| match special(ip) {
-                None => Ok(ip),
-                Some(what) => Err(what),
-            }) {
+        match parse_ip(text).ok_or("is not an IP address").and_then(|ip| match special(ip) {
+            None => Ok(ip),
+            Some(what) => Err(what),
+        }) {
             Ok(ip) => Some(ip),
             Err(what) => {
                 skipped.push(
@@ -200,16 +193,9 @@ pub fn parse_ip(text: &str) -> Option<IpAddr> {
             return None;
         }
         let digits = part.trim_start_matches('0');
-        *octet = if digits.is_empty() {
-            0
-        } else {
-            digits.parse().ok()?
-        };
+        *octet = if digits.is_empty() { 0 } else { digits.parse().ok()? };
     }
-    parts
-        .next()
-        .is_none()
-        .then(|| IpAddr::V4(Ipv4Addr::from(octets)))
+    parts.next().is_none().then(|| IpAddr::V4(Ipv4Addr::from(octets)))
 }
 
 /// Why an address can be neither a frontend's nor a backend's, as the end of a sentence.

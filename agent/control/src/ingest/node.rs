@@ -12,14 +12,8 @@ use crate::model::{Node, NodeTunnel, Pod, parse_mac};
 /// Flannel's annotations, one pair per underlay family
 /// (flannel pkg/subnet/kube/annotations.go): tunnel facts, underlay address.
 const FLANNEL: [(&str, &str); 2] = [
-    (
-        "flannel.alpha.coreos.com/backend-data",
-        "flannel.alpha.coreos.com/public-ip",
-    ),
-    (
-        "flannel.alpha.coreos.com/backend-v6-data",
-        "flannel.alpha.coreos.com/public-ipv6",
-    ),
+    ("flannel.alpha.coreos.com/backend-data", "flannel.alpha.coreos.com/public-ip"),
+    ("flannel.alpha.coreos.com/backend-v6-data", "flannel.alpha.coreos.com/public-ipv6"),
 ];
 /// Flannel's annotation: the backend; only `vxlan` is a tunnel of ours.
 const FLANNEL_TYPE: &str = "flannel.alpha.coreos.com/backend-type";
@@ -69,13 +63,7 @@ pub fn node(origin: &Origin, object: &core::Node, skipped: &mut Vec<Skipped>) ->
         Some(annotations) => tunnels(&subject, annotations, skipped),
         None => Vec::new(),
     };
-    Some(Node {
-        name: name.name,
-        origin: origin.clone(),
-        addresses,
-        pod_cidrs,
-        tunnels,
-    })
+    Some(Node { name: name.name, origin: origin.clone(), addresses, pod_cidrs, tunnels })
 }
 
 fn tunnels(
@@ -117,10 +105,7 @@ fn tunnels(
 pub fn pod(origin: &Origin, object: &core::Pod, skipped: &mut Vec<Skipped>) -> Option<Pod> {
     let (subject, name) = Subject::of(origin, "Pod", &object.metadata, skipped)?;
     let status = object.status.as_ref();
-    if matches!(
-        status.and_then(|s| s.phase.as_deref()),
-        Some("Succeeded" | "Failed")
-    ) {
+    if matches!(status.and_then(|s| s.phase.as_deref()), Some("Succeeded" | "Failed")) {
         return None;
     }
     let mut texts: Vec<&str> = status
@@ -130,11 +115,7 @@ pub fn pod(origin: &Origin, object: &core::Pod, skipped: &mut Vec<Skipped>) -> O
         .map(|pod_ip| pod_ip.ip.as_str())
         .collect();
     if texts.is_empty() {
-        texts.extend(
-            status
-                .and_then(|s| s.pod_ip.as_deref())
-                .filter(|ip| !ip.is_empty()),
-        );
+        texts.extend(status.and_then(|s| s.pod_ip.as_deref()).filter(|ip| !ip.is_empty()));
     }
     let addresses = subject.addresses("status.podIPs", texts, skipped);
     let spec = object.spec.as_ref();

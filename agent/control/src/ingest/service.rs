@@ -73,11 +73,7 @@ pub fn service(
     }
     let mut cluster_ips = Vec::new();
     for (i, text) in cluster_ip_texts.into_iter().enumerate() {
-        let field = if spec
-            .cluster_ips
-            .as_ref()
-            .is_some_and(|list| !list.is_empty())
-        {
+        let field = if spec.cluster_ips.as_ref().is_some_and(|list| !list.is_empty()) {
             format!("spec.clusterIPs[{i}]")
         } else {
             "spec.clusterIP".to_owned()
@@ -93,32 +89,20 @@ pub fn service(
         Some(other) => {
             skipped.push(
                 subject
-                    .error(
-                        field,
-                        format!("{} is not a policy, taken as Cluster", quote(other)),
-                    )
+                    .error(field, format!("{} is not a policy, taken as Cluster", quote(other)))
                     .remedy("use Cluster or Local"),
             );
             false
         }
     };
-    let internal_local = local(
-        "spec.internalTrafficPolicy",
-        spec.internal_traffic_policy.as_ref(),
-        skipped,
-    );
-    let external_local = local(
-        "spec.externalTrafficPolicy",
-        spec.external_traffic_policy.as_ref(),
-        skipped,
-    );
+    let internal_local =
+        local("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_ref(), skipped);
+    let external_local =
+        local("spec.externalTrafficPolicy", spec.external_traffic_policy.as_ref(), skipped);
 
     Some(Service {
         origin: origin.clone(),
-        created: meta
-            .creation_timestamp
-            .as_ref()
-            .map(|time| time.0.as_second()),
+        created: meta.creation_timestamp.as_ref().map(|time| time.0.as_second()),
         opt_out: meta
             .annotations
             .as_ref()
@@ -247,12 +231,7 @@ fn ports(
             );
             continue;
         }
-        ports.push(ServicePort {
-            name: name.into(),
-            protocol,
-            port: number,
-            node_port,
-        });
+        ports.push(ServicePort { name: name.into(), protocol, port: number, node_port });
     }
     ports
 }

@@ -25,19 +25,18 @@ pub fn endpoint_slice(
     let (subject, name) = Subject::of(origin, "EndpointSlice", meta, skipped)?;
     let label = |name: &str| meta.labels.as_ref().and_then(|labels| labels.get(name));
     if label(HEADLESS_LABEL).is_some() {
-        skipped.push(subject.notice(
-            format!("metadata.labels[{HEADLESS_LABEL}]"),
-            "belongs to a headless Service",
-        ));
+        skipped.push(
+            subject.notice(
+                format!("metadata.labels[{HEADLESS_LABEL}]"),
+                "belongs to a headless Service",
+            ),
+        );
         return None;
     }
     let Some(service) = label(SERVICE_NAME_LABEL).filter(|service| !service.is_empty()) else {
         skipped.push(
             subject
-                .notice(
-                    format!("metadata.labels[{SERVICE_NAME_LABEL}]"),
-                    "belongs to no Service",
-                )
+                .notice(format!("metadata.labels[{SERVICE_NAME_LABEL}]"), "belongs to no Service")
                 .remedy("add the label with the Service's name"),
         );
         return None;
@@ -100,11 +99,7 @@ fn ports(
             );
             continue;
         }
-        ports.push(EndpointPort {
-            name: name.into(),
-            protocol,
-            port: number,
-        });
+        ports.push(EndpointPort { name: name.into(), protocol, port: number });
     }
     ports
 }
@@ -121,11 +116,7 @@ fn endpoints(
         let field = format!("endpoints[{i}].addresses");
         // Only the first address counts: the others are undefined (API reference).
         let Some(text) = endpoint.addresses.first() else {
-            skipped.push(
-                subject
-                    .error(field, "is empty")
-                    .remedy("give the endpoint an address"),
-            );
+            skipped.push(subject.error(field, "is empty").remedy("give the endpoint an address"));
             continue;
         };
         let field = format!("{field}[0]");
@@ -135,10 +126,7 @@ fn endpoints(
         if address.is_ipv4() != (family == Family::V4) {
             skipped.push(
                 subject
-                    .error(
-                        field,
-                        format!("{address} is not of type {}", object.address_type),
-                    )
+                    .error(field, format!("{address} is not of type {}", object.address_type))
                     .remedy("one slice holds one family"),
             );
             continue;
@@ -161,11 +149,7 @@ fn endpoint(name: &ObjectName, endpoint: &discovery::Endpoint, address: IpAddr) 
         });
     Endpoint {
         address,
-        node: endpoint
-            .node_name
-            .as_deref()
-            .filter(|node| is_name(node))
-            .map(Into::into),
+        node: endpoint.node_name.as_deref().filter(|node| is_name(node)).map(Into::into),
         pod,
         ready: conditions.and_then(|c| c.ready).unwrap_or(true),
         serving: conditions.and_then(|c| c.serving).unwrap_or(true),

@@ -106,11 +106,7 @@ pub struct PodFacts {
 impl PodFacts {
     /// The method of delivery.
     pub fn delivery(&self) -> Delivery {
-        if self.redirect {
-            Delivery::Redirect
-        } else {
-            Delivery::Stack
-        }
+        if self.redirect { Delivery::Redirect } else { Delivery::Stack }
     }
 }
 
@@ -147,10 +143,7 @@ pub struct FailSafe {
 impl Default for FailSafe {
     /// SSH, API server, etcd, kubelet.
     fn default() -> Self {
-        Self {
-            tcp: BTreeSet::from([22, 2379, 2380, 6443, 10250]),
-            udp: BTreeSet::new(),
-        }
+        Self { tcp: BTreeSet::from([22, 2379, 2380, 6443, 10250]), udp: BTreeSet::new() }
     }
 }
 

@@ -25,10 +25,7 @@ pub struct ObjectName {
 impl ObjectName {
     /// `namespace/name`.
     pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
+        Self { namespace: namespace.into(), name: name.into() }
     }
 }
 
@@ -115,11 +112,7 @@ pub struct Tuple {
 
 impl fmt::Display for Tuple {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            addr,
-            port,
-            protocol,
-        } = self;
+        let Self { addr, port, protocol } = self;
         match addr {
             IpAddr::V4(v4) => write!(f, "{v4}:{port}/{protocol}"),
             IpAddr::V6(v6) => write!(f, "[{v6}]:{port}/{protocol}"),
