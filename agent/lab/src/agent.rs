@@ -49,6 +49,12 @@ pub struct Status {
     /// Every source has been read and programmed, and the programs are attached.
     #[serde(default)]
     pub ready: bool,
+    /// Why not.
+    #[serde(default)]
+    pub not_ready: Vec<String>,
+    /// Process id of the agent that says so; zero if it does not tell.
+    #[serde(default)]
+    pub pid: i32,
     /// The rest, for whoever wants it.
     #[serde(flatten)]
     pub rest: serde_json::Map<String, Value>,
@@ -167,19 +173,26 @@ impl Lab {
     /// It ended, or was not ready in time; the message holds the end of its log.
     pub fn wait_ready(&self, agent: &RunningAgent) -> Result<Status, LabError> {
         let start = Instant::now();
+        let mut waits_for = String::new();
         loop {
             interrupt::check()?;
             if !agent.process.is_alive() {
                 return Err(self.agent_error(agent, "ended"));
             }
-            // It answers with an error as long as it has written no status.
             match self.agent_status(&agent.node) {
+                // What an earlier agent wrote says nothing of this one.
+                Ok(status) if ![0, agent.process.pid].contains(&status.pid) => {}
                 Ok(status) if status.ready => return Ok(status),
-                Ok(_) | Err(LabError::Command { .. } | LabError::Format { .. }) => {}
+                Ok(status) => waits_for = format!(" ({})", status.not_ready.join("; ")),
+                // It answers with an error as long as it has written no status.
+                Err(error @ (LabError::Command { .. } | LabError::Format { .. })) => {
+                    waits_for = format!(" ({error})");
+                }
                 Err(error) => return Err(error),
             }
             if start.elapsed() > READY_LIMIT {
-                let message = format!("was not ready after {} s", READY_LIMIT.as_secs());
+                let seconds = READY_LIMIT.as_secs();
+                let message = format!("was not ready after {seconds} s{waits_for}");
                 return Err(self.agent_error(agent, &message));
             }
             std::thread::sleep(Duration::from_millis(50));

@@ -201,6 +201,15 @@ enum Output {
 /// # Errors
 /// Anything that kept it from being done; the caller prints it.
 pub fn run(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
+    obey(args, context).map_err(|error| match interrupt::interrupted() {
+        // A Ctrl-C at the terminal ends the programs that we run as well; their complaints are of
+        // no interest then.
+        true => LabError::Interrupted,
+        false => error,
+    })
+}
+
+fn obey(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     match &args.command {
         LabCommand::Serve(args) => {
             let what = format!("sluice lab serve for pod {}", args.pod);

@@ -75,3 +75,17 @@ pub fn offloads(netns: &Netns, device: &str, settings: &[&str]) -> Result<(), La
     args.extend_from_slice(settings);
     netns.run("ethtool", &args).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refused_line_is_named() {
+        let mut batch = Batch::default();
+        batch.add("link set a up").add("link set b up");
+        let said = "Cannot find device \"b\"\nCommand failed -:2";
+        assert_eq!(batch.refused_line(said), "link set b up");
+        assert_eq!(batch.refused_line("Killed"), "link set a up; link set b up");
+    }
+}
