@@ -375,10 +375,7 @@ impl<'de> Deserialize<'de> for ServiceName {
             Some((namespace, name))
                 if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
             {
-                Ok(Self {
-                    namespace: namespace.to_owned(),
-                    name: name.to_owned(),
-                })
+                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
             }
             _ => Err(serde::de::Error::custom(format!(
                 "{text:?} names no Service; write \"namespace/name\""
@@ -413,10 +410,8 @@ impl Config {
     /// # Errors
     /// When the file cannot be read, or a key or a value is not usable.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         Self::parse(&text, path)
     }
 
@@ -469,10 +464,9 @@ impl Config {
                 "write a range outside ip_local_port_range and the node ports, such as 16384 to 29999",
             );
         }
-        for (key, ports) in [
-            ("fail_safe.tcp", &self.fail_safe.tcp),
-            ("fail_safe.udp", &self.fail_safe.udp),
-        ] {
+        for (key, ports) in
+            [("fail_safe.tcp", &self.fail_safe.tcp), ("fail_safe.udp", &self.fail_safe.udp)]
+        {
             if ports.len() > 8 {
                 return fail(
                     key,
@@ -602,20 +596,12 @@ impl Config {
 
     /// The mode for uplink `name`.
     pub fn mode_of(&self, name: &str) -> Mode {
-        self.datapath
-            .interface
-            .get(name)
-            .and_then(|o| o.mode)
-            .unwrap_or(self.datapath.mode)
+        self.datapath.interface.get(name).and_then(|o| o.mode).unwrap_or(self.datapath.mode)
     }
 
     /// The delivery for the host side `name` of a pod's veth.
     pub fn delivery_of(&self, name: &str) -> DeliveryChoice {
-        self.datapath
-            .interface
-            .get(name)
-            .and_then(|o| o.delivery)
-            .unwrap_or(self.datapath.delivery)
+        self.datapath.interface.get(name).and_then(|o| o.delivery).unwrap_or(self.datapath.delivery)
     }
 }
 
@@ -657,14 +643,8 @@ mod tests {
         assert_eq!(config.maps.pods, sluice_abi::maps::DEFAULT_PODS);
         assert_eq!(config.maps.vteps, sluice_abi::maps::DEFAULT_VTEPS);
         assert_eq!(config.maps.nexthops, sluice_abi::maps::DEFAULT_NEXTHOPS);
-        assert_eq!(
-            config.snat.first_port,
-            sluice_abi::maps::DEFAULT_SNAT_FIRST_PORT
-        );
-        assert_eq!(
-            config.snat.last_port,
-            sluice_abi::maps::DEFAULT_SNAT_LAST_PORT
-        );
+        assert_eq!(config.snat.first_port, sluice_abi::maps::DEFAULT_SNAT_FIRST_PORT);
+        assert_eq!(config.snat.last_port, sluice_abi::maps::DEFAULT_SNAT_LAST_PORT);
     }
 
     /// Every line with a key has a comment directly above it, or above the key before it.
@@ -701,10 +681,7 @@ mod tests {
     #[test]
     fn unknown_key_is_named() {
         let text = message("[datapath]\nuplink = ['eth0']\n");
-        assert!(
-            text.contains("uplink") && text.contains("test.toml"),
-            "{text}"
-        );
+        assert!(text.contains("uplink") && text.contains("test.toml"), "{text}");
         assert!(text.contains("show-default"), "{text}");
     }
 
@@ -713,16 +690,10 @@ mod tests {
         for (text, needles) in [
             ("[timeouts]\ntcp_syn = '5 parsecs'", ["5 parsecs", "unit"]),
             ("[timeouts]\nstamp = '1h'", ["timeouts.stamp", "1s"]),
-            (
-                "[maps]\nflow_sets = 5",
-                ["maps.flow_sets = 5", "power of two"],
-            ),
+            ("[maps]\nflow_sets = 5", ["maps.flow_sets = 5", "power of two"]),
             ("[datapath]\nmode = 'fast'", ["fast", "native"]),
             ("[datapath]\nuplinks = ['[']", ["[", "shell"]),
-            (
-                "[snat]\nfirst_port = 40000\nlast_port = 300",
-                ["40000", "16384"],
-            ),
+            ("[snat]\nfirst_port = 40000\nlast_port = 300", ["40000", "16384"]),
             ("[fail_safe]\ntcp = [0]", ["fail_safe.tcp", "remove"]),
             ("[log]\nlevel = 'sluice=loud'", ["sluice=loud", "debug"]),
             ("[maglev]\nmax_table = 1", ["maglev.max_table", "100 times"]),

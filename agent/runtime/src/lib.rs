@@ -6,11 +6,17 @@
 //!  facts ──┘   (task)   (pure)     └─► attach (XDP, TC) ─► interfaces
 //! ```
 
+pub mod agent;
 pub mod attach;
+pub mod cli;
 pub mod config;
 pub mod describe;
 pub mod facts;
 pub mod maps;
 pub mod netlink;
+pub mod run_dir;
+pub mod settings;
 pub mod source;
+pub mod state;
 pub mod store;
+pub mod sweep;

@@ -47,14 +47,8 @@ impl Netlink {
             setsockopt(&fd, ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT_S))?;
             Ok(socket)
         };
-        let socket = open().map_err(|source| NetlinkError {
-            what: "open a socket",
-            source,
-        })?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-        })
+        let socket = open().map_err(|source| NetlinkError { what: "open a socket", source })?;
+        Ok(Self { socket, sequence: 0 })
     }
 
     /// All objects of a kind.
@@ -91,10 +85,7 @@ impl Netlink {
     pub fn create(&mut self, what: RouteNetlinkMessage) -> Result<(), NetlinkError> {
         self.ask(what, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE)
             .map(|_| ())
-            .map_err(|source| NetlinkError {
-                what: "create",
-                source,
-            })
+            .map_err(|source| NetlinkError { what: "create", source })
     }
 
     fn ask(
@@ -179,10 +170,7 @@ pub fn watch(changed: impl Fn() -> bool + Send + 'static) -> Result<(), NetlinkE
         }
         Ok(socket)
     };
-    let socket = join().map_err(|source| NetlinkError {
-        what: "listen for changes",
-        source,
-    })?;
+    let socket = join().map_err(|source| NetlinkError { what: "listen for changes", source })?;
     std::thread::Builder::new()
         .name("netlink-news".to_owned())
         .spawn(move || {
@@ -201,9 +189,6 @@ pub fn watch(changed: impl Fn() -> bool + Send + 'static) -> Result<(), NetlinkE
                 }
             }
         })
-        .map_err(|source| NetlinkError {
-            what: "start the listening thread",
-            source,
-        })?;
+        .map_err(|source| NetlinkError { what: "start the listening thread", source })?;
     Ok(())
 }

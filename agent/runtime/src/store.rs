@@ -67,12 +67,7 @@ impl MapStore for KernelStore {
             frontends: self.frontends.entries()?.into_iter().collect(),
             backends: self.backends.used()?.into_iter().collect(),
             pods: self.pods.entries()?.into_iter().collect(),
-            vteps: self
-                .vteps
-                .used()?
-                .into_iter()
-                .filter(|(_, v)| !v.remote.is_none())
-                .collect(),
+            vteps: self.vteps.used()?.into_iter().filter(|(_, v)| !v.remote.is_none()).collect(),
             vtep_sources: self.vtep_sources.entries()?.into_iter().collect(),
             tunnels: self.tunnels.used()?.into_iter().collect(),
             next_hops: self.nexthops.used()?.into_iter().collect(),
@@ -111,10 +106,7 @@ impl MapStore for KernelStore {
             }
             MapOp::WriteExtent { offset, entries } => {
                 if !self.maglev.write(*offset, entries) {
-                    return Err(StoreError::ExtentOutside {
-                        offset: *offset,
-                        size: entries.len(),
-                    });
+                    return Err(StoreError::ExtentOutside { offset: *offset, size: entries.len() });
                 }
             }
             MapOp::Frontend { key, value } => match value {

@@ -57,10 +57,7 @@ pub fn mount(pin_dir: &Path) -> Result<(), BpffsError> {
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
         None::<&str>,
     )
-    .map_err(|source| BpffsError::Mount {
-        path: at.to_owned(),
-        source,
-    })?;
+    .map_err(|source| BpffsError::Mount { path: at.to_owned(), source })?;
     let same = |a, b| match (std::fs::read_link(a), std::fs::read_link(b)) {
         (Ok(a), Ok(b)) => a == b,
         _ => true,
@@ -99,8 +96,6 @@ fn on_bpffs(dir: &Path) -> bool {
 }
 
 fn make(dir: &Path) -> Result<(), BpffsError> {
-    std::fs::create_dir_all(dir).map_err(|source| BpffsError::Directory {
-        path: dir.to_owned(),
-        source,
-    })
+    std::fs::create_dir_all(dir)
+        .map_err(|source| BpffsError::Directory { path: dir.to_owned(), source })
 }

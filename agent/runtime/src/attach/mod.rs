@@ -21,6 +21,7 @@ use aya::programs::{
     Xdp, XdpMode, loaded_programs,
 };
 use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya_obj::programs::XdpAttachType;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{self, Mode};
@@ -52,10 +53,7 @@ pub enum AttachError {
         source: Box<EbpfError>,
     },
     /// The kernel does not take a program.
-    #[error(
-        "load program {name}: {}; what runs already keeps running",
-        causes(source)
-    )]
+    #[error("load program {name}: {}; what runs already keeps running", causes(source))]
     Program {
         /// Which program.
         name: &'static str,
@@ -175,40 +173,37 @@ impl Attacher {
         let shapes = shapes(sizes);
         check_pins(&pins, &shapes)?;
         let mut loader = EbpfLoader::new();
-        for Shape {
-            name, max_entries, ..
-        } in &shapes
-        {
+        for Shape { name, max_entries, .. } in &shapes {
             loader.map_max_entries(name, *max_entries);
             loader.map_pin_path(name, pins.map_path(name));
         }
-        let mut ebpf = loader.load(OBJECT).map_err(|source| AttachError::Load {
-            source: Box::new(source),
-        })?;
+        let mut ebpf =
+            loader.load(OBJECT).map_err(|source| AttachError::Load { source: Box::new(source) })?;
         // What was created must be what the contract says: our own object could be wrong too.
         check_pins(&pins, &shapes)?;
         for name in [XDP, CLOCK] {
             xdp(&mut ebpf, name)?
                 .load()
-                .map_err(|source| AttachError::Program {
-                    name,
-                    source: Box::new(source),
-                })?;
+                .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
         }
         for name in [TC_INGRESS, TC_EGRESS] {
             tc(&mut ebpf, name)?
                 .load()
-                .map_err(|source| AttachError::Program {
-                    name,
-                    source: Box::new(source),
-                })?;
+                .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
         }
-        Ok(Self {
-            ebpf,
-            pins,
-            interfaces: BTreeMap::new(),
-            held: BTreeMap::new(),
-        })
+        // For the command line, which has no programs of its own.
+        let clock = clock_path(pins.dir());
+        match std::fs::remove_file(&clock) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => {
+                return Err(AttachError::Unpin { path: clock, source });
+            }
+        }
+        if let Err(e) = xdp(&mut ebpf, CLOCK)?.pin(&clock) {
+            tracing::warn!("{}: {}", clock.display(), causes(&e));
+        }
+        Ok(Self { ebpf, pins, interfaces: BTreeMap::new(), held: BTreeMap::new() })
     }
 
     /// The pins.
@@ -226,17 +221,7 @@ impl Attacher {
     /// # Errors
     /// When the kernel does not run the program.
     pub fn jiffies(&mut self) -> Result<u32, AttachError> {
-        let program = xdp(&mut self.ebpf, CLOCK)?;
-        let frame = [0u8; 64];
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(&frame);
-        let result = program
-            .test_run(options)
-            .map_err(|source| AttachError::Program {
-                name: CLOCK,
-                source: Box::new(source),
-            })?;
-        Ok(result.return_value & 0x7fff_ffff)
+        run_clock(xdp(&mut self.ebpf, CLOCK)?)
     }
 
     /// Brings the attachments in line with `wanted`: new interfaces are attached, lost links are
@@ -249,6 +234,7 @@ impl Attacher {
             if let Some(known) = self.interfaces.get(&link.name)
                 && known.ifindex == link.ifindex
                 && known.role == *role
+                && fits(mode, known.mode, *role)
                 && self.intact(link, known)
             {
                 continue;
@@ -283,6 +269,14 @@ impl Attacher {
         }
     }
 
+    /// Forgets what was refused, so that the next [`Attacher::reconcile`] tries it again. What is
+    /// attached stays: its links are taken over.
+    pub fn try_refused_again(&mut self) {
+        self.interfaces.retain(|_, attached| {
+            attached.mode != Rung::None && attached.tc_ingress && attached.tc_egress
+        });
+    }
+
     /// Whether the programs that we put there are still there. Interfaces on which something was
     /// refused are tried again by the caller when it sees fit, not each time.
     fn intact(&self, link: &Link, known: &Attached) -> bool {
@@ -300,9 +294,9 @@ impl Attacher {
     fn tc_there(&self, link: &Link, name: &'static str, side: TcAttachType) -> bool {
         // Without TCX the filter cannot be found by its program; then it is believed to be there.
         match SchedClassifier::query_tcx(&link.name, side) {
-            Ok((_, programs)) => self
-                .program_id(name)
-                .is_some_and(|id| programs.iter().any(|p| p.id() == id)),
+            Ok((_, programs)) => {
+                self.program_id(name).is_some_and(|id| programs.iter().any(|p| p.id() == id))
+            }
             Err(_) => true,
         }
     }
@@ -319,8 +313,7 @@ impl Attacher {
     /// Removes our links from interfaces that are not in `keep`; those of this run and those of an
     /// earlier one.
     fn let_go(&mut self, keep: &BTreeSet<&str>) {
-        self.interfaces
-            .retain(|name, _| keep.contains(name.as_str()));
+        self.interfaces.retain(|name, _| keep.contains(name.as_str()));
         for (path, interface) in link_pins(self.pins.dir()) {
             if keep.contains(interface.as_str()) {
                 continue;
@@ -405,13 +398,10 @@ impl Attacher {
             return None;
         }
         let there = |id: u32| {
-            link.xdp.iter().find(|(prog, _)| *prog == id).map(|(_, m)| {
-                if *m == "generic" {
-                    Rung::Generic
-                } else {
-                    Rung::Native
-                }
-            })
+            link.xdp
+                .iter()
+                .find(|(prog, _)| *prog == id)
+                .map(|(_, m)| if *m == "generic" { Rung::Generic } else { Rung::Native })
         };
         let taken = (|| {
             let old = FdLink::from(PinnedLink::from_pin(path).map_err(|e| causes(&e))?);
@@ -425,11 +415,7 @@ impl Attacher {
                 Mode::Offload => Rung::Offload,
             };
             if wanted != rung {
-                return Err(format!(
-                    "it is {}, the config says {}",
-                    rung.label(),
-                    mode.label()
-                ));
+                return Err(format!("it is {}, the config says {}", rung.label(), mode.label()));
             }
             let program = xdp(&mut self.ebpf, XDP).map_err(|e| e.to_string())?;
             let old = XdpLink::try_from(old).map_err(|e| causes(&e))?;
@@ -440,11 +426,7 @@ impl Attacher {
         })();
         match taken {
             Ok((rung, held)) => {
-                tracing::info!(
-                    interface = link.name,
-                    mode = rung.label(),
-                    "link taken over"
-                );
+                tracing::info!(interface = link.name, mode = rung.label(), "link taken over");
                 self.held.insert(path.to_owned(), held);
                 Some(rung)
             }
@@ -547,6 +529,19 @@ impl Attacher {
     }
 }
 
+/// Whether what is attached is what the config asks for now. What was refused is no reason to try
+/// each time anew.
+fn fits(wanted: Mode, there: Rung, role: Role) -> bool {
+    role != Role::Uplink
+        || there == Rung::None
+        || match wanted {
+            Mode::Auto => true,
+            Mode::Native => there == Rung::Native,
+            Mode::Generic => there == Rung::Generic,
+            Mode::Offload => there == Rung::Offload,
+        }
+}
+
 /// Priority and handle of our filters on kernels without TCX, so that the next start finds them.
 const FILTER_PRIORITY: u16 = 51;
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x51);
@@ -581,6 +576,30 @@ fn attach_tc_filter(
     Ok(())
 }
 
+fn run_clock(program: &Xdp) -> Result<u32, AttachError> {
+    let frame = [0u8; 64];
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(&frame);
+    let result = program
+        .test_run(options)
+        .map_err(|source| AttachError::Program { name: CLOCK, source: Box::new(source) })?;
+    Ok(result.return_value & 0x7fff_ffff)
+}
+
+fn clock_path(dir: &Path) -> PathBuf {
+    dir.join("prog-xdp_clock")
+}
+
+/// The low 31 bits of the kernel's tick counter, by the program that an agent pinned.
+///
+/// # Errors
+/// When there is no such program or the kernel does not run it.
+pub fn pinned_jiffies(pin_dir: &Path) -> Result<u32, AttachError> {
+    let program = Xdp::from_pin(clock_path(pin_dir), XdpAttachType::Interface)
+        .map_err(|source| AttachError::Program { name: CLOCK, source: Box::new(source) })?;
+    run_clock(&program)
+}
+
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, AttachError> {
     ebpf.program_mut(name)
         .ok_or(AttachError::NoProgram { name })?
@@ -598,12 +617,8 @@ fn tc<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassif
 /// A refusal in words.
 fn explain(link: &Link, rung: Rung, error: &(dyn std::error::Error + 'static)) -> Refusal {
     let errno = errno(error).unwrap_or_default();
-    let holder = link
-        .xdp
-        .iter()
-        .map(|(id, mode)| foreign(*id, mode))
-        .collect::<Vec<_>>()
-        .join(", ");
+    let holder =
+        link.xdp.iter().map(|(id, mode)| foreign(*id, mode)).collect::<Vec<_>>().join(", ");
     let name = &link.name;
     let (reason, remedy) = match errno {
         libc::EBUSY => (
@@ -618,48 +633,30 @@ fn explain(link: &Link, rung: Rung, error: &(dyn std::error::Error + 'static)) -
             format!("detach the other program, or set datapath.interface.{name}.mode to its mode"),
         ),
         libc::ERANGE => (
-            format!(
-                "the MTU {} is more than native XDP of this driver takes",
-                link.mtu
-            ),
+            format!("the MTU {} is more than native XDP of this driver takes", link.mtu),
             format!("lower it (ip link set dev {name} mtu 3498 for veth), or use mode generic"),
         ),
         libc::EOPNOTSUPP => (
             format!(
                 "the driver ({}) has no native XDP",
-                if link.kind.is_empty() {
-                    "physical"
-                } else {
-                    &link.kind
-                }
+                if link.kind.is_empty() { "physical" } else { &link.kind }
             ),
             "use mode generic, or leave it to TC with mode auto".to_owned(),
         ),
-        libc::EPERM => (
-            "not permitted".to_owned(),
-            "run with CAP_BPF and CAP_NET_ADMIN".to_owned(),
-        ),
+        libc::EPERM => {
+            ("not permitted".to_owned(), "run with CAP_BPF and CAP_NET_ADMIN".to_owned())
+        }
         libc::ENODEV => (
             "the interface is gone".to_owned(),
             "it is attached to again when it comes back".to_owned(),
         ),
-        _ => (
-            causes(error),
-            "see the kernel's log; mode generic or auto may work".to_owned(),
-        ),
+        _ => (causes(error), "see the kernel's log; mode generic or auto may work".to_owned()),
     };
-    Refusal {
-        rung: rung.label().to_owned(),
-        errno,
-        reason,
-        remedy,
-    }
+    Refusal { rung: rung.label().to_owned(), errno, reason, remedy }
 }
 
 fn foreign(id: u32, mode: &str) -> String {
-    let info: Option<ProgramInfo> = loaded_programs()
-        .filter_map(Result::ok)
-        .find(|p| p.id() == id);
+    let info: Option<ProgramInfo> = loaded_programs().filter_map(Result::ok).find(|p| p.id() == id);
     match info {
         Some(info) => format!(
             "program id {id}, name {:?}, tag {:016x}, {mode}",
@@ -688,10 +685,7 @@ pub fn link_pins(dir: &Path) -> Vec<(PathBuf, String)> {
             let interface = [XDP, TC_INGRESS, TC_EGRESS]
                 .iter()
                 .find_map(|p| rest.strip_prefix(p)?.strip_prefix('-'))?;
-            Some((
-                entry.path(),
-                interface.replace("%2e", ".").replace("%25", "%"),
-            ))
+            Some((entry.path(), interface.replace("%2e", ".").replace("%25", "%")))
         })
         .collect()
 }
@@ -705,7 +699,7 @@ pub fn remove_pins(dir: &Path) -> Result<Vec<PathBuf>, AttachError> {
     let mut removed = Vec::new();
     let maps = sluice_abi::maps::ALL.iter().map(|name| dir.join(name));
     let links = link_pins(dir).into_iter().map(|(path, _)| path);
-    for path in links.chain(maps) {
+    for path in links.chain([clock_path(dir)]).chain(maps) {
         match std::fs::remove_file(&path) {
             Ok(()) => removed.push(path),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}

@@ -110,10 +110,7 @@ impl Kernel {
     /// When one table cannot be read: then nothing is known, not "nothing is there".
     pub fn read(netlink: &mut Netlink) -> Result<Self, NetlinkError> {
         let mut kernel = Kernel::default();
-        for answer in netlink.dump(
-            "links",
-            RouteNetlinkMessage::GetLink(LinkMessage::default()),
-        )? {
+        for answer in netlink.dump("links", RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
             if let RouteNetlinkMessage::NewLink(message) = answer {
                 let link = link(message);
                 kernel.links.insert(link.ifindex, link);
@@ -187,24 +184,15 @@ pub fn route_to(netlink: &mut Netlink, destination: IpAddr) -> Option<Exit> {
     };
     message.header.address_family = family;
     message.header.destination_prefix_length = length;
-    message
-        .attributes
-        .push(RouteAttribute::Destination(address));
-    let answer = netlink
-        .get("route", RouteNetlinkMessage::GetRoute(message))
-        .ok()??;
+    message.attributes.push(RouteAttribute::Destination(address));
+    let answer = netlink.get("route", RouteNetlinkMessage::GetRoute(message)).ok()??;
     let RouteNetlinkMessage::NewRoute(message) = answer else {
         return None;
     };
     if message.header.kind != RouteType::Unicast {
         return None;
     }
-    let mut exit = Exit {
-        ifindex: 0,
-        neighbour: destination,
-        mtu: None,
-        source: None,
-    };
+    let mut exit = Exit { ifindex: 0, neighbour: destination, mtu: None, source: None };
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => exit.ifindex = *index,
@@ -234,12 +222,10 @@ pub fn resolve(netlink: &mut Netlink, ifindex: u32, address: IpAddr) {
     message.header.ifindex = ifindex;
     message.header.flags = NeighbourFlags::Use;
     message.header.state = NeighbourState::None;
-    message
-        .attributes
-        .push(NeighbourAttribute::Destination(match address {
-            IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
-            IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
-        }));
+    message.attributes.push(NeighbourAttribute::Destination(match address {
+        IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+        IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+    }));
     if let Err(e) = netlink.create(RouteNetlinkMessage::NewNeighbour(message)) {
         tracing::debug!("{address} on interface {ifindex}: {e}");
     }
@@ -325,16 +311,8 @@ fn address(message: &AddressMessage) -> Option<(u32, IpAddr, u8, bool)> {
             _ => {}
         }
     }
-    let global = matches!(
-        message.header.scope,
-        AddressScope::Universe | AddressScope::Site
-    );
-    Some((
-        message.header.index,
-        own.or(fallback)?,
-        message.header.prefix_len,
-        global,
-    ))
+    let global = matches!(message.header.scope, AddressScope::Universe | AddressScope::Site);
+    Some((message.header.index, own.or(fallback)?, message.header.prefix_len, global))
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -392,19 +370,14 @@ fn routes(message: &RouteMessage) -> Vec<Route> {
         AddressFamily::Inet6 => IpAddr::from([0u8; 16]),
         _ => return Vec::new(),
     };
-    let Ok(destination) = IpNet::new(
-        destination.unwrap_or(any),
-        message.header.destination_prefix_length,
-    ) else {
+    let Ok(destination) =
+        IpNet::new(destination.unwrap_or(any), message.header.destination_prefix_length)
+    else {
         return Vec::new();
     };
     exits
         .into_iter()
-        .map(|(ifindex, via)| Route {
-            destination,
-            gateway: via.or(gateway),
-            ifindex,
-        })
+        .map(|(ifindex, via)| Route { destination, gateway: via.or(gateway), ifindex })
         .collect()
 }
 
@@ -419,11 +392,7 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
 
 fn fdb(message: &NeighbourMessage) -> Option<Neighbour> {
     // The entry of a vxlan device itself, not of a bridge that it is a port of.
-    message
-        .header
-        .flags
-        .contains(NeighbourFlags::Own)
-        .then(|| entry(message, false))?
+    message.header.flags.contains(NeighbourFlags::Own).then(|| entry(message, false))?
 }
 
 fn entry(message: &NeighbourMessage, stale: bool) -> Option<Neighbour> {
@@ -441,9 +410,7 @@ fn entry(message: &NeighbourMessage, stale: bool) -> Option<Neighbour> {
                 // AF_BRIDGE does not say which family the underlay has; the length does.
                 address = match bytes.len() {
                     4 => <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
-                    16 => <[u8; 16]>::try_from(bytes.as_slice())
-                        .ok()
-                        .map(IpAddr::from),
+                    16 => <[u8; 16]>::try_from(bytes.as_slice()).ok().map(IpAddr::from),
                     _ => None,
                 };
             }

@@ -67,11 +67,7 @@ impl Collector {
     /// # Errors
     /// When the kernel gives no netlink socket.
     pub fn new() -> Result<Self, NetlinkError> {
-        Ok(Self {
-            netlink: Netlink::open()?,
-            ends: PodEnds::default(),
-            asked: HashMap::new(),
-        })
+        Ok(Self { netlink: Netlink::open()?, ends: PodEnds::default(), asked: HashMap::new() })
     }
 
     /// Reads everything except next hops.
@@ -81,17 +77,12 @@ impl Collector {
     pub fn read(&mut self, config: &Config, snapshot: &Snapshot) -> Result<Facts, NetlinkError> {
         let kernel = Kernel::read(&mut self.netlink)?;
         let node_name = config.node_name();
-        let pod_cidrs = snapshot
-            .nodes
-            .get(node_name.as_str())
-            .map(|n| n.pod_cidrs.clone())
-            .unwrap_or_default();
+        let pod_cidrs =
+            snapshot.nodes.get(node_name.as_str()).map(|n| n.pod_cidrs.clone()).unwrap_or_default();
         let mut facts = join(&kernel, config, &pod_cidrs);
         facts.context.node_name = node_name.into();
-        let wants_ends = facts
-            .pod_devices
-            .iter()
-            .any(|l| config.delivery_of(&l.name) != DeliveryChoice::Stack);
+        let wants_ends =
+            facts.pod_devices.iter().any(|l| config.delivery_of(&l.name) != DeliveryChoice::Stack);
         if wants_ends {
             self.choose_delivery(&mut facts, config);
         }
@@ -110,18 +101,13 @@ impl Collector {
                 (_, None) => Some("not a veth".to_owned()),
                 (_, Some(PodEnd::Unknown(reason))) => Some(reason.clone()),
                 (_, Some(PodEnd::Deaf { reason, .. })) => Some(reason.clone()),
-                (DeliveryChoice::Auto, Some(PodEnd::Receives { .. })) => rules
-                    .clone()
-                    .map(|r| format!("redirect would skip the host's netfilter: {r}")),
+                (DeliveryChoice::Auto, Some(PodEnd::Receives { .. })) => {
+                    rules.clone().map(|r| format!("redirect would skip the host's netfilter: {r}"))
+                }
                 (DeliveryChoice::Redirect, Some(PodEnd::Receives { .. })) => None,
             };
             let mac = ends.get(&link.ifindex).and_then(PodEnd::mac);
-            for pod in facts
-                .context
-                .pods
-                .values_mut()
-                .filter(|p| p.ifindex == link.ifindex)
-            {
+            for pod in facts.context.pods.values_mut().filter(|p| p.ifindex == link.ifindex) {
                 if let Some(mac) = mac {
                     pod.pod_mac = mac;
                 }
@@ -140,11 +126,8 @@ impl Collector {
         kernel: &Kernel,
         wanted: &BTreeSet<IpAddr>,
     ) -> BTreeMap<IpAddr, NextHopFacts> {
-        let known: HashMap<(u32, IpAddr), (Mac, bool)> = kernel
-            .neighbours
-            .iter()
-            .map(|n| ((n.ifindex, n.address), (n.mac, n.stale)))
-            .collect();
+        let known: HashMap<(u32, IpAddr), (Mac, bool)> =
+            kernel.neighbours.iter().map(|n| ((n.ifindex, n.address), (n.mac, n.stale))).collect();
         let mut found = BTreeMap::new();
         for destination in wanted {
             let Some(exit) = kernel::route_to(&mut self.netlink, *destination) else {
@@ -182,11 +165,7 @@ impl Collector {
 
     fn ask(&mut self, key: (u32, IpAddr), every: Duration) {
         let now = Instant::now();
-        if self
-            .asked
-            .get(&key)
-            .is_some_and(|last| now.duration_since(*last) < every)
-        {
+        if self.asked.get(&key).is_some_and(|last| now.duration_since(*last) < every) {
             return;
         }
         self.asked.insert(key, now);
@@ -203,9 +182,7 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
         .links
         .values()
         .filter(|l| {
-            l.vxlan
-                .as_ref()
-                .is_some_and(|v| !v.external && v.vni != 0 && v.port != 0)
+            l.vxlan.as_ref().is_some_and(|v| !v.external && v.vni != 0 && v.port != 0)
                 && !excluded(l)
                 && (config.datapath.tunnel_devices.is_empty()
                     || any(&config.datapath.tunnel_devices, &l.name))
@@ -232,28 +209,20 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
             if config.node_port_addresses.is_empty() {
                 *global && !address.is_loopback() && !pod_side
             } else {
-                config
-                    .node_port_addresses
-                    .iter()
-                    .any(|net| net.contains(address))
+                config.node_port_addresses.iter().any(|net| net.contains(address))
             }
         })
         .map(|(_, address, _, _)| *address)
         .collect();
     context.pod_cidrs = pod_cidrs.to_vec();
-    context.maglev = MaglevSettings {
-        max_size: config.maglev.max_table,
-        cluster_seed: config.cluster_seed,
-    };
+    context.maglev =
+        MaglevSettings { max_size: config.maglev.max_table, cluster_seed: config.cluster_seed };
     context.fail_safe = FailSafe {
         tcp: config.fail_safe.tcp.iter().copied().collect(),
         udp: config.fail_safe.udp.iter().copied().collect(),
     };
-    context.opt_out = config
-        .opt_out_services
-        .iter()
-        .map(|s| ObjectName::new(s.namespace(), s.name()))
-        .collect();
+    context.opt_out =
+        config.opt_out_services.iter().map(|s| ObjectName::new(s.namespace(), s.name())).collect();
     for device in &facts.tunnel_devices {
         match tunnel(kernel, device, pod_cidrs) {
             Ok(tunnel) => {
@@ -263,18 +232,12 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
             Err(reason) => facts.notes.push(reason),
         }
     }
-    let not_pods: BTreeSet<u32> = facts
-        .uplinks
-        .iter()
-        .chain(&facts.tunnel_devices)
-        .map(|l| l.ifindex)
-        .collect();
+    let not_pods: BTreeSet<u32> =
+        facts.uplinks.iter().chain(&facts.tunnel_devices).map(|l| l.ifindex).collect();
     pods(kernel, pod_cidrs, &not_pods, &excluded, context);
     let devices: BTreeSet<u32> = context.pods.values().map(|p| p.ifindex).collect();
-    facts.pod_devices = devices
-        .into_iter()
-        .filter_map(|index| kernel.links.get(&index).cloned())
-        .collect();
+    facts.pod_devices =
+        devices.into_iter().filter_map(|index| kernel.links.get(&index).cloned()).collect();
     facts
 }
 
@@ -312,10 +275,7 @@ fn uplinks(kernel: &Kernel, config: &Config, notes: &mut Vec<String>) -> Vec<Lin
     }
     for pattern in wanted {
         if !found.iter().any(|l| pattern.matches(&l.name)) {
-            notes.push(format!(
-                "datapath.uplinks: no interface fits {:?}",
-                pattern.as_str()
-            ));
+            notes.push(format!("datapath.uplinks: no interface fits {:?}", pattern.as_str()));
         }
     }
     found
@@ -400,12 +360,7 @@ fn peers(kernel: &Kernel, tunnel: &TunnelFacts, out: &mut Vec<PeerFacts>, notes:
         };
         peers
             .entry((remote, mac.0))
-            .or_insert_with(|| PeerFacts {
-                vni: tunnel.vni,
-                remote,
-                mac,
-                pod_cidrs: Vec::new(),
-            })
+            .or_insert_with(|| PeerFacts { vni: tunnel.vni, remote, mac, pod_cidrs: Vec::new() })
             .pod_cidrs
             .push(route.destination);
     }
@@ -426,10 +381,7 @@ fn pods(
     context: &mut NodeContext,
 ) {
     let usable = |ifindex: u32| {
-        kernel
-            .links
-            .get(&ifindex)
-            .filter(|l| !not_pods.contains(&ifindex) && !excluded(l) && l.up)
+        kernel.links.get(&ifindex).filter(|l| !not_pods.contains(&ifindex) && !excluded(l) && l.up)
     };
     for route in &kernel.routes {
         let host = route.destination.prefix_len() == route.destination.max_prefix_len();

@@ -105,10 +105,8 @@ fn chains() -> io::Result<Vec<Chain>> {
 }
 
 fn chain(message: &[u8]) -> Chain {
-    let mut chain = Chain {
-        family: message.get(16).copied().unwrap_or_default(),
-        ..Chain::default()
-    };
+    let mut chain =
+        Chain { family: message.get(16).copied().unwrap_or_default(), ..Chain::default() };
     for (kind, value) in attributes(message.get(20..).unwrap_or_default()) {
         match kind {
             CHAIN_TABLE => chain.table = text(value),
@@ -140,9 +138,7 @@ fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes)
-        .trim_end_matches('\0')
-        .to_owned()
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
 }
 
 fn u16_ne(bytes: &[u8], at: usize) -> Option<u16> {

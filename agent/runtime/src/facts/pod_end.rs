@@ -62,8 +62,7 @@ impl PodEnds {
     /// The other ends of `veths`, by the index of the host side; `None` for what is no veth.
     pub fn inspect(&mut self, netlink: &mut Netlink, veths: &[&Link]) -> BTreeMap<u32, PodEnd> {
         let now = Instant::now();
-        self.known
-            .retain(|_, (at, _)| now.duration_since(*at) < FRESH);
+        self.known.retain(|_, (at, _)| now.duration_since(*at) < FRESH);
         let mut found = BTreeMap::new();
         // Interfaces by the namespace of their other end.
         let mut open: BTreeMap<i32, Vec<(u32, u32)>> = BTreeMap::new();
@@ -131,9 +130,7 @@ fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, Fi
             continue;
         }
         let mut message = NsidMessage::default();
-        message
-            .attributes
-            .push(NsidAttribute::Fd(file.as_raw_fd() as u32));
+        message.attributes.push(NsidAttribute::Fd(file.as_raw_fd() as u32));
         let answer = netlink.get("namespace id", RouteNetlinkMessage::GetNsId(message));
         let Ok(Some(RouteNetlinkMessage::NewNsId(answer))) = answer else {
             continue;
@@ -152,29 +149,19 @@ fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, Fi
 
 /// Where network namespaces can be found: named ones, then those of every process.
 fn candidates() -> impl Iterator<Item = PathBuf> {
-    let named = std::fs::read_dir("/run/netns")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|e| e.path());
+    let named = std::fs::read_dir("/run/netns").into_iter().flatten().flatten().map(|e| e.path());
     let processes = std::fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|e| {
-            e.file_name()
-                .to_str()
-                .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
-        })
+        .filter(|e| e.file_name().to_str().is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit())))
         .map(|e| e.path().join("ns/net"));
     named.chain(processes)
 }
 
 /// Goes into the namespace with a thread of its own and looks at interfaces `wanted` there.
 fn look(namespace: &File, wanted: BTreeSet<u32>) -> Result<BTreeMap<u32, PodEnd>, String> {
-    let namespace = namespace
-        .try_clone()
-        .map_err(|e| format!("the pod's namespace: {e}"))?;
+    let namespace = namespace.try_clone().map_err(|e| format!("the pod's namespace: {e}"))?;
     let thread = std::thread::Builder::new()
         .name("pod-end".to_owned())
         .spawn(move || {
@@ -194,9 +181,7 @@ fn look(namespace: &File, wanted: BTreeSet<u32>) -> Result<BTreeMap<u32, PodEnd>
             Ok(ends)
         })
         .map_err(|e| format!("start a thread: {e}"))?;
-    thread
-        .join()
-        .unwrap_or_else(|_| Err("the thread in the pod's namespace failed".to_owned()))
+    thread.join().unwrap_or_else(|_| Err("the thread in the pod's namespace failed".to_owned()))
 }
 
 fn judge(end: &Link) -> PodEnd {
@@ -231,25 +216,15 @@ fn gro(name: &str) -> nix::Result<bool> {
     const SIOCETHTOOL: u16 = 0x8946;
     nix::ioctl_readwrite_bad!(ethtool, SIOCETHTOOL, libc::ifreq);
 
-    let fd = socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    let mut value = Value {
-        cmd: ETHTOOL_GGRO,
-        data: 0,
-    };
+    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    let mut value = Value { cmd: ETHTOOL_GGRO, data: 0 };
     let bytes = name.as_bytes();
     if bytes.len() >= libc::IFNAMSIZ {
         return Err(nix::Error::ENAMETOOLONG);
     }
     let mut request = libc::ifreq {
         ifr_name: [0; libc::IFNAMSIZ],
-        ifr_ifru: libc::__c_anonymous_ifr_ifru {
-            ifru_data: (&raw mut value).cast(),
-        },
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: (&raw mut value).cast() },
     };
     for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
         *to = *from as libc::c_char;

@@ -26,19 +26,12 @@ unsafe impl Sync for Mapped {}
 
 impl Mapped {
     fn open(map: &MapData, name: &'static str) -> Result<(Self, u32), MapsError> {
-        let info = map.info().map_err(|source| MapsError::Map {
-            name,
-            what: "look at",
-            source,
-        })?;
+        let info = map.info().map_err(|source| MapsError::Map { name, what: "look at", source })?;
         // kernel/bpf/arraymap.c: elements are rounded up to 8 bytes, the whole to pages.
         let stride = info.value_size().next_multiple_of(8) as usize;
         let len = stride * info.max_entries() as usize;
         let Some(length) = NonZeroUsize::new(len) else {
-            return Err(MapsError::Mmap {
-                name,
-                source: nix::Error::EINVAL,
-            });
+            return Err(MapsError::Mmap { name, source: nix::Error::EINVAL });
         };
         // SAFETY: a new shared mapping at an address of the kernel's choice; it aliases nothing of
         // ours and lives until `drop`.
@@ -157,12 +150,7 @@ impl FlowTable {
     pub(super) fn open(flow: MapData, snat: MapData) -> Result<Self, MapsError> {
         let (flows, sets) = Mapped::open(&flow, maps::FLOW)?;
         let (snat, slots) = Mapped::open(&snat, maps::SNAT)?;
-        Ok(Self {
-            flows,
-            sets,
-            snat,
-            slots,
-        })
+        Ok(Self { flows, sets, snat, slots })
     }
 
     /// Number of records that fit.
@@ -197,12 +185,7 @@ impl FlowTable {
             return None;
         }
         let record = FlowRecord::read_from_bytes(words.as_bytes()).ok()?;
-        Some(Flow {
-            set,
-            way,
-            tag,
-            record,
-        })
+        Some(Flow { set, way, tag, record })
     }
 
     /// All connections. The table changes meanwhile: one that comes or goes may be missed.
@@ -219,10 +202,7 @@ impl FlowTable {
         let Some(tag) = self.tag(flow.set, flow.way) else {
             return false;
         };
-        if tag
-            .compare_exchange(flow.tag, 0, Ordering::AcqRel, Ordering::Relaxed)
-            .is_err()
-        {
+        if tag.compare_exchange(flow.tag, 0, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return false;
         }
         if let Some(index) = flow.record.snat.checked_sub(1) {
@@ -236,11 +216,7 @@ impl FlowTable {
         let from = u32::from(first) * maps::SNAT_SLOTS_PER_PORT;
         let to = (u32::from(last) + 1) * maps::SNAT_SLOTS_PER_PORT;
         (from..to.min(self.slots)).filter_map(|index| {
-            let slot = SnatSlot(
-                self.snat
-                    .word64(index as usize * 8)?
-                    .load(Ordering::Relaxed),
-            );
+            let slot = SnatSlot(self.snat.word64(index as usize * 8)?.load(Ordering::Relaxed));
             (slot != SnatSlot::FREE).then_some((index, slot))
         })
     }
@@ -248,13 +224,8 @@ impl FlowTable {
     /// Frees SNAT slot `index` if it still holds `owner`.
     pub fn free_slot(&self, index: u32, owner: SnatSlot) -> bool {
         self.snat.word64(index as usize * 8).is_some_and(|slot| {
-            slot.compare_exchange(
-                owner.0,
-                SnatSlot::FREE.0,
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            )
-            .is_ok()
+            slot.compare_exchange(owner.0, SnatSlot::FREE.0, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
         })
     }
 }

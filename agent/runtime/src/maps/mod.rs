@@ -84,9 +84,7 @@ pub struct Pins {
 impl Pins {
     /// The pins in `dir`.
     pub fn new(dir: &Path) -> Self {
-        Self {
-            dir: dir.to_owned(),
-        }
+        Self { dir: dir.to_owned() }
     }
 
     /// The directory.
@@ -235,25 +233,20 @@ impl<T: IntoBytes + FromBytes + Immutable + Copy + 'static> ArrayTable<T> {
 
     /// The entry at `index`.
     pub fn read(&self, index: u32) -> Result<T, MapsError> {
-        self.array
-            .get(&index, 0)
-            .map(|v| v.0)
-            .map_err(|source| MapsError::Map {
-                name: self.name,
-                what: "read",
-                source,
-            })
+        self.array.get(&index, 0).map(|v| v.0).map_err(|source| MapsError::Map {
+            name: self.name,
+            what: "read",
+            source,
+        })
     }
 
     /// Replaces the entry at `index`.
     pub fn write(&mut self, index: u32, value: T) -> Result<(), MapsError> {
-        self.array
-            .set(index, Plain(value), 0)
-            .map_err(|source| MapsError::Map {
-                name: self.name,
-                what: "write",
-                source,
-            })
+        self.array.set(index, Plain(value), 0).map_err(|source| MapsError::Map {
+            name: self.name,
+            what: "write",
+            source,
+        })
     }
 
     /// All entries that are not all zero, with their index.
@@ -286,13 +279,11 @@ where
 {
     /// Inserts or replaces.
     pub fn write(&mut self, key: K, value: V) -> Result<(), MapsError> {
-        self.hash
-            .insert(Plain(key), Plain(value), 0)
-            .map_err(|source| MapsError::Map {
-                name: self.name,
-                what: "write",
-                source,
-            })
+        self.hash.insert(Plain(key), Plain(value), 0).map_err(|source| MapsError::Map {
+            name: self.name,
+            what: "write",
+            source,
+        })
     }
 
     /// Removes; an entry that is not there is no error.
@@ -302,11 +293,7 @@ where
             Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => {
                 Ok(())
             }
-            Err(source) => Err(MapsError::Map {
-                name: self.name,
-                what: "delete",
-                source,
-            }),
+            Err(source) => Err(MapsError::Map { name: self.name, what: "delete", source }),
         }
     }
 
@@ -315,13 +302,11 @@ where
         self.hash
             .iter()
             .map(|entry| {
-                entry
-                    .map(|(k, v)| (k.0, v.0))
-                    .map_err(|source| MapsError::Map {
-                        name: self.name,
-                        what: "read",
-                        source,
-                    })
+                entry.map(|(k, v)| (k.0, v.0)).map_err(|source| MapsError::Map {
+                    name: self.name,
+                    what: "read",
+                    source,
+                })
             })
             .collect()
     }
@@ -337,11 +322,7 @@ impl<T: IntoBytes + FromBytes + Immutable + Copy + 'static> PerCpuTable<T> {
         self.array
             .get(&index, 0)
             .map(|values| values.iter().map(|v| v.0).collect())
-            .map_err(|source| MapsError::Map {
-                name: self.name,
-                what: "read",
-                source,
-            })
+            .map_err(|source| MapsError::Map { name: self.name, what: "read", source })
     }
 }
 
@@ -413,11 +394,7 @@ fn clear<T: IntoBytes + FromBytes + Immutable + Copy + Default + 'static>(
     id: u32,
 ) -> Result<(), MapsError> {
     let name = table.name;
-    let fail = |source| MapsError::Map {
-        name,
-        what: "clear",
-        source,
-    };
+    let fail = |source| MapsError::Map { name, what: "clear", source };
     let cpus = aya::util::nr_cpus().map_err(|(_, e)| fail(MapError::IoError(e)))?;
     let zero = aya::maps::PerCpuValues::try_from(vec![Plain(T::default()); cpus])
         .map_err(|e| fail(MapError::IoError(e)))?;

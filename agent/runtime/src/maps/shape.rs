@@ -5,8 +5,8 @@
 
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, MAX_TUNNELS, NextHop, Pod,
-    ReasonCounter, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, Backend, BackendCounter, FlowRecord, FlowSet, Frontend, FrontendKey, Hook, MAX_TUNNELS,
+    NextHop, Pod, ReasonCounter, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 use super::{MapsError, Pins};
@@ -52,6 +52,7 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, NextHop>(maps::NEXTHOP, Array, sizes.nexthops),
         shape::<u32, FlowSet>(maps::FLOW, Array, sizes.flow_sets),
         shape::<u32, u32>(maps::FLOW_LOCK, Array, maps::FLOW_LOCKS),
+        shape::<u32, FlowRecord>(maps::SCRATCH, PerCpuArray, 1),
         shape::<u32, SnatSlot>(maps::SNAT, Array, maps::SNAT_SLOTS),
         shape::<u32, ReasonCounter>(maps::REASON, PerCpuArray, reasons),
         shape::<u32, ServiceCounter>(maps::SERVICE_STAT, PerCpuArray, sizes.services),
@@ -69,11 +70,8 @@ pub fn check_pins(pins: &Pins, shapes: &[Shape]) -> Result<(), MapsError> {
         if !path.exists() {
             continue;
         }
-        let fail = |source| MapsError::Map {
-            name: shape.name,
-            what: "look at the pinned map",
-            source,
-        };
+        let fail =
+            |source| MapsError::Map { name: shape.name, what: "look at the pinned map", source };
         let info = MapInfo::from_pin(&path).map_err(fail)?;
         let differs = |field, found: String, wanted: String| MapsError::Shape {
             path: path.clone(),
@@ -91,16 +89,8 @@ pub fn check_pins(pins: &Pins, shapes: &[Shape]) -> Result<(), MapsError> {
         }
         for (field, found, wanted) in [
             ("the size of its keys", info.key_size(), shape.key_size),
-            (
-                "the size of its values",
-                info.value_size(),
-                shape.value_size,
-            ),
-            (
-                "its number of entries",
-                info.max_entries(),
-                shape.max_entries,
-            ),
+            ("the size of its values", info.value_size(), shape.value_size),
+            ("its number of entries", info.max_entries(), shape.max_entries),
         ] {
             if found != wanted {
                 return Err(differs(field, found.to_string(), wanted.to_string()));

@@ -29,38 +29,23 @@ pub fn read(dir: &Path) -> Result<Listing, SourceError> {
     let mut snapshot = Snapshot::default();
     let mut skipped = Vec::new();
     for path in &files {
-        let bytes = std::fs::read(path).map_err(|e| SourceError {
-            path: path.clone(),
-            reason: e.to_string(),
-        })?;
+        let bytes = std::fs::read(path)
+            .map_err(|e| SourceError { path: path.clone(), reason: e.to_string() })?;
         // Kubernetes manifests are UTF-8; a wrong byte spoils the word that it is in, no more.
         let text = String::from_utf8_lossy(&bytes);
-        let origin: Arc<str> = path
-            .strip_prefix(dir)
-            .unwrap_or(path)
-            .to_string_lossy()
-            .into();
+        let origin: Arc<str> = path.strip_prefix(dir).unwrap_or(path).to_string_lossy().into();
         let found = ingest(&origin, &text);
         skipped.extend(found.skipped);
         skipped.extend(snapshot.extend(found.objects));
     }
-    Ok(Listing {
-        snapshot: Arc::new(snapshot),
-        skipped,
-        files: files.len(),
-    })
+    Ok(Listing { snapshot: Arc::new(snapshot), skipped, files: files.len() })
 }
 
 fn manifests(dir: &Path, depth: u32, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
-    let fail = |e: std::io::Error| SourceError {
-        path: dir.to_owned(),
-        reason: e.to_string(),
-    };
+    let fail = |e: std::io::Error| SourceError { path: dir.to_owned(), reason: e.to_string() };
     for entry in std::fs::read_dir(dir).map_err(fail)? {
         let path = entry.map_err(fail)?.path();
-        let hidden = path
-            .file_name()
-            .is_none_or(|n| n.to_string_lossy().starts_with('.'));
+        let hidden = path.file_name().is_none_or(|n| n.to_string_lossy().starts_with('.'));
         if hidden {
             continue;
         }
@@ -68,10 +53,7 @@ fn manifests(dir: &Path, depth: u32, files: &mut Vec<PathBuf>) -> Result<(), Sou
             if depth < MAX_DEPTH {
                 manifests(&path, depth + 1, files)?;
             }
-        } else if path
-            .extension()
-            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
-        {
+        } else if path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json") {
             files.push(path);
         }
     }
@@ -89,29 +71,27 @@ pub fn watch(
     poll: Duration,
     deliver: impl Fn(Result<Listing, SourceError>) -> bool + Send + 'static,
 ) -> std::io::Result<()> {
-    std::thread::Builder::new()
-        .name("file-source".to_owned())
-        .spawn(move || {
-            let (changed, changes) = channel();
-            let mut watcher = None;
-            let mut last: Option<Result<Listing, SourceError>> = None;
-            loop {
-                // Before reading, so that nothing is missed in between; again when the directory
-                // was replaced.
-                if watcher.is_none() || last.as_ref().is_some_and(Result::is_err) {
-                    let changed = changed.clone();
-                    watcher = start(&dir, move || changed.send(()).is_ok());
-                }
-                let listing = read(&dir);
-                if last.as_ref() != Some(&listing) {
-                    if !deliver(listing.clone()) {
-                        return;
-                    }
-                    last = Some(listing);
-                }
-                wait(&changes, settle, poll);
+    std::thread::Builder::new().name("file-source".to_owned()).spawn(move || {
+        let (changed, changes) = channel();
+        let mut watcher = None;
+        let mut last: Option<Result<Listing, SourceError>> = None;
+        loop {
+            // Before reading, so that nothing is missed in between; again when the directory
+            // was replaced.
+            if watcher.is_none() || last.as_ref().is_some_and(Result::is_err) {
+                let changed = changed.clone();
+                watcher = start(&dir, move || changed.send(()).is_ok());
             }
-        })?;
+            let listing = read(&dir);
+            if last.as_ref() != Some(&listing) {
+                if !deliver(listing.clone()) {
+                    return;
+                }
+                last = Some(listing);
+            }
+            wait(&changes, settle, poll);
+        }
+    })?;
     Ok(())
 }
 
@@ -163,12 +143,7 @@ mod tests {
     }
 
     fn names(listing: &Listing) -> Vec<String> {
-        listing
-            .snapshot
-            .services
-            .keys()
-            .map(ToString::to_string)
-            .collect()
+        listing.snapshot.services.keys().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -196,11 +171,7 @@ mod tests {
         std::fs::write(dir.path().join("good.yaml"), service("good")).expect("write");
         let listing = read(dir.path()).expect("readable");
         assert!(names(&listing).contains(&"shop/good".to_owned()));
-        let text = listing
-            .skipped
-            .iter()
-            .map(ToString::to_string)
-            .collect::<String>();
+        let text = listing.skipped.iter().map(ToString::to_string).collect::<String>();
         assert!(
             text.contains("bad.yaml") && text.contains("shop/bad") && text.contains("port"),
             "{text}"

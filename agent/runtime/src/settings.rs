@@ -1,0 +1,133 @@
+//! The one value that tells the programs what the config and the node are.
+
+use std::time::Duration;
+
+use sluice_abi::{Addr, Be16, Seeds, Settings, Timeouts, settings_flags};
+use sluice_control::NodeContext;
+
+use crate::config::{Behaviour, Config};
+use crate::maps::{ArrayTable, MapsError, Pins};
+use crate::run_dir::{RunDir, RunDirError};
+
+/// Why the settings could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The map.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+    /// The lock.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// No randomness.
+    #[error("/dev/urandom: {0}")]
+    Random(#[from] std::io::Error),
+}
+
+/// Reads the settings, lets `edit` change them and writes them back if it did. Nobody else changes
+/// them meanwhile. Returns what is in force.
+///
+/// # Errors
+/// When the map or the lock cannot be used.
+pub fn update(
+    pins: &Pins,
+    run_dir: &RunDir,
+    edit: impl FnOnce(&mut Settings),
+) -> Result<Settings, SettingsError> {
+    let mut table: ArrayTable<Settings> = pins.settings()?;
+    let _lock = run_dir.lock_settings()?;
+    let before = table.read(0)?;
+    let mut after = before;
+    edit(&mut after);
+    if after != before {
+        table.write(0, after)?;
+    }
+    Ok(after)
+}
+
+/// Fills in what follows from config and facts. Keeps the bypass and the epoch; the flow seed is
+/// kept while the maps are pinned, because the records stand where it put them.
+pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz: u32) {
+    settings.flags = (settings.flags & settings_flags::BYPASS)
+        | match config.datapath.behaviour {
+            Behaviour::Accelerate => 0,
+            Behaviour::Replace => settings_flags::REPLACE,
+        };
+    settings.epoch = settings.epoch.max(1);
+    settings.seeds.cluster = config.cluster_seed;
+    let ticks = |d: Duration| ticks(d, hz);
+    let t = &config.timeouts;
+    settings.timeouts = Timeouts {
+        tcp_syn: ticks(t.tcp_syn),
+        tcp_established: ticks(t.tcp_established),
+        tcp_closing: ticks(t.tcp_closing),
+        udp_oneway: ticks(t.udp_oneway),
+        udp_replied: ticks(t.udp_replied),
+        stamp: ticks(t.stamp),
+        redecide: ticks(t.redecide),
+        reserved: 0,
+    };
+    let mut ports: Vec<u16> = context.tunnels.iter().map(|t| t.port).collect();
+    ports.dedup();
+    let first = ports.first().copied().unwrap_or_default();
+    settings.vxlan_ports = [Be16::new(first), Be16::new(ports.get(1).copied().unwrap_or(first))];
+    settings.snat_first_port = config.snat.first_port;
+    settings.snat_last_port = config.snat.last_port;
+    settings.flow_set_mask = config.maps.flow_sets - 1;
+    settings.fail_safe_tcp = eight(&config.fail_safe.tcp);
+    settings.fail_safe_udp = eight(&config.fail_safe.udp);
+}
+
+/// Sets the node's own addresses on plain routes.
+pub fn fill_addresses(settings: &mut Settings, v4: Option<Addr>, v6: Option<Addr>) {
+    settings.node_v4 = v4.unwrap_or(Addr::NONE);
+    settings.node_v6 = v6.unwrap_or(Addr::NONE);
+}
+
+/// A secret for the flow table, unless there is one.
+///
+/// # Errors
+/// When the system gives no random bytes.
+pub fn seed(settings: &mut Settings) -> Result<(), SettingsError> {
+    if settings.seeds.flow == 0 {
+        let mut bytes = [0u8; 8];
+        std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+        settings.seeds = Seeds { flow: u64::from_ne_bytes(bytes) | 1, ..settings.seeds };
+    }
+    Ok(())
+}
+
+fn ticks(duration: Duration, hz: u32) -> u32 {
+    let ticks = duration.as_millis() * u128::from(hz) / 1000;
+    u32::try_from(ticks).unwrap_or(u32::MAX / 2).max(1)
+}
+
+fn eight(ports: &[u16]) -> [Be16; 8] {
+    let mut out = [Be16::default(); 8];
+    for (to, port) in out.iter_mut().zip(ports) {
+        *to = Be16::new(*port);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bypass_epoch_and_flow_seed_outlive_a_restart() {
+        let mut settings = Settings {
+            flags: settings_flags::BYPASS | settings_flags::REPLACE,
+            epoch: 7,
+            seeds: Seeds { flow: 99, cluster: 1 },
+            ..Settings::default()
+        };
+        seed(&mut settings).expect("random");
+        fill(&mut settings, &Config::default(), &NodeContext::default(), 250);
+        assert_eq!(settings.flags, settings_flags::BYPASS);
+        assert_eq!(settings.epoch, 7);
+        assert_eq!(settings.seeds.flow, 99);
+        assert_eq!(settings.timeouts.tcp_syn, 60 * 250);
+        assert_eq!(settings.flow_set_mask, 8191);
+        assert_eq!(settings.fail_safe_tcp[0], Be16::new(22));
+    }
+}

@@ -1,0 +1,635 @@
+//! The state task: everything that changes the kernel's tables goes through here, one step at a time.
+//!
+//! ```text
+//!  list, kernel news, tick ─► facts ─► compile ─► allocate ─► delta ─► apply ─► names, settings
+//!                                                                       └ error: load again, later
+//! ```
+//!
+//! Nothing is programmed before the first complete list. What to program is decided in
+//! `sluice-control`; here stands only when, and what happens when a call fails.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sluice_abi::{Addr, Backend, Settings};
+use sluice_control::model::NextHopFacts;
+use sluice_control::{
+    Allocator, Desired, Held, Limits, MapOp, MapStore, MassRemoval, Names, Skipped, Snapshot,
+    Tables, compile, delta, mass_removal, wanted_next_hops,
+};
+
+use crate::attach::{Attacher, Role, Rung};
+use crate::config::{Config, DeliveryChoice};
+use crate::describe::causes;
+use crate::facts::kernel::Link;
+use crate::facts::{Collector, Facts};
+use crate::maps::{FlowTable, MapsError};
+use crate::netlink::NetlinkError;
+use crate::run_dir::{RunDir, RunDirError, SkippedObject, Status, TableSizes};
+use crate::settings::{self, SettingsError};
+use crate::source::{Listing, SourceError};
+use crate::store::{KernelStore, StoreError};
+use crate::sweep::{Sweeper, forget_udp};
+
+/// UDP records of a removed endpoint are deleted once more after this time: a packet that was in
+/// flight may have made one anew.
+const UDP_GRACE: Duration = Duration::from_secs(3);
+/// First and longest pause before a failed step is tried again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// What was refused on an interface is tried again after this time.
+const RETRY_REFUSED: Duration = Duration::from_secs(60);
+
+/// Why a step failed. It is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// Facts could not be read.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// Tables could not be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A file could not be written.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// Settings could not be written.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// A map could not be used.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+}
+
+/// The agent's state.
+pub struct State {
+    config: Config,
+    run_dir: RunDir,
+    attacher: Attacher,
+    collector: Collector,
+    store: KernelStore,
+    flows: FlowTable,
+    sweeper: Sweeper,
+    hz: u32,
+    settings: Settings,
+
+    snapshot: Option<Arc<Snapshot>>,
+    listed: Vec<Skipped>,
+    source_error: Option<SourceError>,
+    allocator: Allocator,
+    actual: Option<Tables>,
+    names: Names,
+    desired: Option<Desired>,
+    guard: bool,
+    held: Option<Held>,
+
+    generation: u64,
+    programmed: bool,
+    started: Instant,
+    error: Option<String>,
+    retry: Option<(Instant, Duration)>,
+    refused_again: Instant,
+    forget: Vec<(Instant, BTreeMap<u32, BTreeSet<u32>>)>,
+    unresolved: usize,
+    stack_delivery: BTreeMap<String, String>,
+    notes: Vec<String>,
+    skipped: Vec<Skipped>,
+    reported: BTreeSet<String>,
+    written: Option<Status>,
+}
+
+impl State {
+    /// Takes over what the maps hold.
+    ///
+    /// # Errors
+    /// When maps, names or netlink cannot be used.
+    pub fn new(
+        config: Config,
+        run_dir: RunDir,
+        attacher: Attacher,
+        hz: u32,
+    ) -> Result<Self, StepError> {
+        let pins = attacher.pins().clone();
+        let names = run_dir.names()?;
+        let mut seeded = Ok(());
+        let settings = settings::update(&pins, &run_dir, |s| seeded = settings::seed(s))?;
+        seeded?;
+        let sizes = &config.maps;
+        let allocator = Allocator::new(Limits {
+            frontends: sizes.frontends,
+            services: sizes.services,
+            backends: sizes.backends,
+            maglev_entries: sizes.maglev,
+            pods: sizes.pods,
+            vteps: sizes.vteps,
+            vtep_sources: sizes.vtep_sources,
+            next_hops: sizes.nexthops,
+            quarantine: QUARANTINE_SECONDS,
+        });
+        Ok(Self {
+            collector: Collector::new()?,
+            store: KernelStore::open(&pins)?,
+            flows: pins.flows()?,
+            sweeper: Sweeper::default(),
+            hz,
+            settings,
+            snapshot: None,
+            listed: Vec::new(),
+            source_error: None,
+            allocator,
+            actual: None,
+            names,
+            desired: None,
+            guard: true,
+            held: None,
+            generation: 0,
+            programmed: false,
+            started: Instant::now(),
+            error: None,
+            retry: None,
+            refused_again: Instant::now() + RETRY_REFUSED,
+            forget: Vec::new(),
+            unresolved: 0,
+            stack_delivery: BTreeMap::new(),
+            notes: Vec::new(),
+            skipped: Vec::new(),
+            reported: BTreeSet::new(),
+            written: None,
+            config,
+            run_dir,
+            attacher,
+        })
+    }
+
+    /// A list came, or could not be read.
+    pub fn listing(&mut self, listing: Result<Listing, SourceError>) {
+        match listing {
+            Ok(listing) => {
+                tracing::info!(
+                    files = listing.files,
+                    services = listing.snapshot.services.len(),
+                    slices = listing.snapshot.slices.len(),
+                    nodes = listing.snapshot.nodes.len(),
+                    pods = listing.snapshot.pods.len(),
+                    "objects read"
+                );
+                self.snapshot = Some(listing.snapshot);
+                self.listed = listing.skipped;
+                self.source_error = None;
+            }
+            Err(error) => {
+                tracing::error!("{error}");
+                self.source_error = Some(error);
+            }
+        }
+    }
+
+    /// Uses another config from now on. Keys that need a restart keep their old value.
+    pub fn reconfigure(&mut self, mut config: Config) {
+        let old = &self.config;
+        for (key, differs) in [
+            ("pin_dir", config.pin_dir != old.pin_dir),
+            ("run_dir", config.run_dir != old.run_dir),
+            ("maps", format!("{:?}", config.maps) != format!("{:?}", old.maps)),
+            ("source", format!("{:?}", config.source) != format!("{:?}", old.source)),
+            ("log", format!("{:?}", config.log) != format!("{:?}", old.log)),
+        ] {
+            if differs {
+                tracing::warn!("config: {key} changed; that takes effect at the next start");
+            }
+        }
+        config.pin_dir = old.pin_dir.clone();
+        config.run_dir = old.run_dir.clone();
+        config.maps = old.maps;
+        config.source = old.source.clone();
+        config.log = old.log.clone();
+        self.config = config;
+        self.desired = None;
+        tracing::info!("config reloaded");
+    }
+
+    /// The config in force.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// When the next step is due although nothing happened.
+    pub fn due(&self) -> Duration {
+        let now = Instant::now();
+        let mut due = Duration::from_secs(5);
+        if let Some((at, _)) = self.retry {
+            due = due.min(at.saturating_duration_since(now));
+        }
+        if self.unresolved > 0 || self.held.is_some() {
+            due = due.min(Duration::from_secs(1));
+        }
+        for (at, _) in &self.forget {
+            due = due.min(at.saturating_duration_since(now));
+        }
+        due.max(Duration::from_millis(10))
+    }
+
+    /// Whether the last step changed tables.
+    pub fn programmed_now(&mut self) -> bool {
+        std::mem::take(&mut self.programmed)
+    }
+
+    /// One step: brings tables and attachments in line with what is known, and writes the status.
+    pub fn step(&mut self) {
+        if self.retry.is_some_and(|(at, _)| Instant::now() < at) {
+            return;
+        }
+        match self.try_step() {
+            Ok(()) => {
+                self.error = None;
+                self.retry = None;
+            }
+            Err(error) => {
+                let text = causes(&error);
+                let pause = self.retry.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
+                tracing::error!("{text}; tried again in {pause:?}");
+                self.error = Some(text);
+                self.retry = Some((Instant::now() + pause, pause));
+                // What the maps hold now is not known any more.
+                self.actual = None;
+                self.desired = None;
+            }
+        }
+        self.forget_again();
+        self.report();
+    }
+
+    fn try_step(&mut self) -> Result<(), StepError> {
+        let Some(snapshot) = self.snapshot.clone() else {
+            return Ok(());
+        };
+        // A pod is delivered to by redirect only when its replies are taken at TC, and programs are
+        // attached when the tables are right; so pods that are new take a second round.
+        for _ in 0..2 {
+            let facts = self.program(&snapshot)?;
+            if self.held.is_some() || !self.attach(&facts) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tables. Returns the facts that they were made from.
+    fn program(&mut self, snapshot: &Snapshot) -> Result<Facts, StepError> {
+        let mut facts = self.collector.read(&self.config, snapshot)?;
+        self.hold_back_redirect(&mut facts);
+        let wanted = wanted_next_hops(snapshot, &facts.context);
+        facts.context.next_hops = self.collector.next_hops(&facts.kernel, &wanted);
+        self.unresolved = facts
+            .context
+            .next_hops
+            .values()
+            .filter(|h| matches!(h, NextHopFacts::Unresolved {}))
+            .count();
+        self.notes = facts.notes.clone();
+        self.stack_delivery = facts.stack_reasons.clone();
+        self.update_settings(&facts, snapshot)?;
+        let compiled = compile(snapshot, &facts.context);
+        if self.desired.as_ref() == Some(&compiled.desired) && self.actual.is_some() {
+            return Ok(facts);
+        }
+        if self.actual.is_none() {
+            self.actual = Some(self.store.load()?);
+        }
+        let Some(actual) = &mut self.actual else {
+            return Ok(facts);
+        };
+        if self.guard {
+            let threshold = MassRemoval {
+                percent: self.config.changes.mass_removal_percent,
+                at_least: self.config.changes.mass_removal_minimum,
+            };
+            match mass_removal(actual, &compiled.desired, threshold) {
+                Some(held) if !self.run_dir.take_release() => {
+                    if self.held.as_ref() != Some(&held) {
+                        tracing::error!("{held}; run `sluice release` if that is meant");
+                    }
+                    self.held = Some(held);
+                    return Ok(facts);
+                }
+                _ => {
+                    self.held = None;
+                    self.guard = false;
+                }
+            }
+        }
+        let seconds = self.started.elapsed().as_secs();
+        let allocation = self.allocator.allocate(&compiled.desired, actual, &self.names, seconds);
+        let delta = delta(actual, &allocation.tables);
+        self.skipped = self
+            .listed
+            .iter()
+            .chain(&compiled.skipped)
+            .chain(&allocation.skipped)
+            .cloned()
+            .collect();
+        if !delta.ops.is_empty() {
+            let began = Instant::now();
+            let before = service_backends(actual, &delta.ops);
+            // Old and new names while both may be in the maps.
+            let mut both = self.names.clone();
+            both.services.extend(allocation.names.services.clone());
+            both.backends.extend(allocation.names.backends.clone());
+            both.vteps.extend(allocation.names.vteps.clone());
+            both.next_hops.extend(allocation.names.next_hops.clone());
+            self.run_dir.write_names(&both)?;
+            for op in &delta.ops {
+                self.store.apply(op)?;
+                actual.apply(op);
+            }
+            if delta.new_epoch {
+                self.settings = settings::update(self.attacher.pins(), &self.run_dir, |s| {
+                    s.epoch = s.epoch.wrapping_add(1).max(1);
+                })?;
+            }
+            let services: BTreeSet<u32> = before
+                .keys()
+                .copied()
+                .chain(service_backends(actual, &delta.ops).into_keys())
+                .collect();
+            let valid = backends_of(actual, &services);
+            let forgotten = forget_udp(&self.flows, &valid);
+            self.forget.push((Instant::now() + UDP_GRACE, valid));
+            self.generation += 1;
+            self.programmed = true;
+            tracing::info!(
+                generation = self.generation,
+                operations = delta.ops.len(),
+                new_epoch = delta.new_epoch,
+                udp_connections_ended = forgotten,
+                took_us = began.elapsed().as_micros() as u64,
+                "tables programmed"
+            );
+        } else if self.generation == 0 {
+            self.generation = 1;
+            tracing::info!("tables are as they should be");
+        }
+        actual.extents.clone_from(&allocation.tables.extents);
+        if self.names != allocation.names {
+            self.run_dir.write_names(&allocation.names)?;
+            self.names = allocation.names;
+        }
+        self.desired = Some(compiled.desired);
+        Ok(facts)
+    }
+
+    /// Takes back redirect delivery to pods whose replies are not taken at TC.
+    fn hold_back_redirect(&mut self, facts: &mut Facts) {
+        let attached = self.attacher.interfaces();
+        for link in &facts.pod_devices {
+            let taken =
+                attached.get(&link.name).is_some_and(|a| a.ifindex == link.ifindex && a.tc_ingress);
+            if taken {
+                continue;
+            }
+            for pod in facts.context.pods.values_mut() {
+                if pod.ifindex == link.ifindex && pod.redirect {
+                    pod.redirect = false;
+                    facts.stack_reasons.insert(
+                        link.name.clone(),
+                        "replies are not taken at TC ingress of the interface".to_owned(),
+                    );
+                }
+            }
+        }
+    }
+
+    fn update_settings(&mut self, facts: &Facts, snapshot: &Snapshot) -> Result<(), StepError> {
+        let node = snapshot.nodes.get(&facts.context.node_name);
+        let own = |v4: bool| -> Option<Addr> {
+            let of_node = node
+                .into_iter()
+                .flat_map(|n| n.addresses.iter().copied())
+                .find(|a| a.is_ipv4() == v4 && facts.context.addresses.contains(a));
+            let of_uplink = || {
+                facts
+                    .kernel
+                    .addresses
+                    .iter()
+                    .filter(|(index, _, _, global)| {
+                        *global && facts.uplinks.iter().any(|l| l.ifindex == *index)
+                    })
+                    .map(|(_, a, _, _)| *a)
+                    .find(|a: &IpAddr| a.is_ipv4() == v4)
+            };
+            of_node.or_else(of_uplink).map(Addr::from)
+        };
+        let mut wanted = self.settings;
+        settings::fill(&mut wanted, &self.config, &facts.context, self.hz);
+        settings::fill_addresses(&mut wanted, own(true), own(false));
+        if wanted != self.settings {
+            let (config, hz) = (&self.config, self.hz);
+            self.settings = settings::update(self.attacher.pins(), &self.run_dir, |s| {
+                settings::fill(s, config, &facts.context, hz);
+                settings::fill_addresses(s, own(true), own(false));
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Attachments. Returns whether pods' interfaces were attached that may now use redirect.
+    fn attach(&mut self, facts: &Facts) -> bool {
+        let mut wanted: BTreeMap<u32, (Link, Role)> = BTreeMap::new();
+        for (links, role) in [
+            (&facts.pod_devices, Role::Pod),
+            (&facts.tunnel_devices, Role::Tunnel),
+            (&facts.uplinks, Role::Uplink),
+        ] {
+            for link in links {
+                wanted.insert(link.ifindex, (link.clone(), role));
+            }
+        }
+        let wanted: Vec<(Link, Role)> = wanted.into_values().collect();
+        if Instant::now() > self.refused_again {
+            self.refused_again = Instant::now() + RETRY_REFUSED;
+            self.attacher.try_refused_again();
+        }
+        let ingress = |attacher: &Attacher| {
+            attacher
+                .interfaces()
+                .iter()
+                .filter(|(name, a)| {
+                    a.role == Role::Pod
+                        && a.tc_ingress
+                        && self.config.delivery_of(name) != DeliveryChoice::Stack
+                })
+                .count()
+        };
+        let before = ingress(&self.attacher);
+        let config = &self.config;
+        self.attacher.reconcile(&wanted, |interface| config.mode_of(interface));
+        ingress(&self.attacher) > before
+    }
+
+    /// One pass over the connections.
+    pub fn sweep(&mut self) {
+        let now = match self.attacher.jiffies() {
+            Ok(now) => now,
+            Err(e) => {
+                tracing::warn!("sweep: {}", causes(&e));
+                return;
+            }
+        };
+        let ports = (self.settings.snat_first_port, self.settings.snat_last_port);
+        let swept = self.sweeper.pass(&self.flows, &self.settings.timeouts, now, ports);
+        if swept.orphans > 0 {
+            tracing::warn!(slots = swept.orphans, "SNAT slots without a connection freed");
+        }
+        if swept.freed > 0 {
+            tracing::debug!(freed = swept.freed, used = swept.used, "connections expired");
+        }
+        let capacity = self.flows.capacity();
+        if swept.used * 10 > capacity * 9 {
+            tracing::warn!(
+                used = swept.used,
+                capacity,
+                "the connection table is nearly full; raise maps.flow_sets"
+            );
+        }
+    }
+
+    fn forget_again(&mut self) {
+        let now = Instant::now();
+        let flows = &self.flows;
+        self.forget.retain(|(at, valid)| {
+            if now < *at {
+                return true;
+            }
+            let forgotten = forget_udp(flows, valid);
+            if forgotten > 0 {
+                tracing::info!(udp_connections_ended = forgotten, "after the grace period");
+            }
+            false
+        });
+    }
+
+    /// Logs what is new and writes the status if it changed.
+    fn report(&mut self) {
+        let now: BTreeSet<String> = self.skipped.iter().map(ToString::to_string).collect();
+        for skipped in &self.skipped {
+            if !self.reported.contains(&skipped.to_string()) {
+                match skipped.level {
+                    sluice_control::Level::Notice => tracing::info!("left out: {skipped}"),
+                    sluice_control::Level::Error => tracing::warn!("left out: {skipped}"),
+                }
+            }
+        }
+        for note in &self.notes {
+            if !self.reported.contains(note) {
+                tracing::warn!("{note}");
+            }
+        }
+        for text in self.reported.difference(&now) {
+            if !self.notes.contains(text) {
+                tracing::info!("no longer left out: {text}");
+            }
+        }
+        self.reported = now.into_iter().chain(self.notes.iter().cloned()).collect();
+        let status = self.status();
+        if self.written.as_ref() != Some(&status) {
+            match self.run_dir.write_status(&status) {
+                Ok(()) => {
+                    if status.ready && !self.written.as_ref().is_some_and(|s| s.ready) {
+                        tracing::info!(mode = ?status.mode, "ready");
+                    }
+                    self.written = Some(status);
+                }
+                Err(e) => tracing::warn!("{e}"),
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let interfaces = self.attacher.interfaces().clone();
+        let mut not_ready = Vec::new();
+        if self.snapshot.is_none() {
+            not_ready.push("waiting for the first complete list of objects".to_owned());
+        } else if self.generation == 0 && self.held.is_none() {
+            not_ready.push("tables are not programmed yet".to_owned());
+        }
+        not_ready.extend(self.source_error.as_ref().map(ToString::to_string));
+        not_ready.extend(self.held.as_ref().map(|h| format!("{h}; see `sluice release`")));
+        not_ready.extend(self.error.clone());
+        if self.snapshot.is_some() && !interfaces.values().any(|a| a.role == Role::Uplink) {
+            not_ready.push("no uplink; name one in datapath.uplinks".to_owned());
+        }
+        for (name, attached) in &interfaces {
+            if attached.role == Role::Uplink && attached.mode == Rung::None {
+                let why: Vec<&str> = attached.refusals.iter().map(|r| r.reason.as_str()).collect();
+                not_ready.push(format!("{name}: not attached: {}", why.join("; ")));
+            }
+        }
+        let tables = self.actual.as_ref();
+        let size = |f: fn(&Tables) -> usize| tables.map(f).unwrap_or_default();
+        Status {
+            ready: not_ready.is_empty(),
+            not_ready,
+            node: self.config.node_name(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            hz: self.hz,
+            generation: self.generation,
+            mode: interfaces
+                .iter()
+                .filter(|(_, a)| a.role == Role::Uplink)
+                .map(|(name, a)| (name.clone(), a.mode.label().to_owned()))
+                .collect(),
+            interfaces,
+            stack_delivery: self.stack_delivery.clone(),
+            tables: TableSizes {
+                services: self.names.services.len(),
+                frontends: size(|t| t.frontends.len()),
+                backends: size(|t| t.backends.len()),
+                pods: size(|t| t.pods.len()),
+                vteps: size(|t| t.vteps.len()),
+                next_hops: size(|t| t.next_hops.len()),
+                next_hops_unresolved: self.unresolved,
+            },
+            skipped: self.skipped.iter().map(SkippedObject::from).collect(),
+            held: self.held.as_ref().map(Into::into),
+            notes: self.notes.clone(),
+            errors: self.error.iter().cloned().collect(),
+        }
+    }
+}
+
+/// A freed id rests this long: flow records and packets in flight may still carry it.
+const QUARANTINE_SECONDS: u64 = 30;
+
+/// Services whose backends the operations may change, as the tables have them.
+fn service_backends(tables: &Tables, ops: &[MapOp]) -> BTreeMap<u32, ()> {
+    let mut services = BTreeMap::new();
+    for op in ops {
+        if let MapOp::Frontend { key, value } = op {
+            services.extend(tables.frontends.get(key).map(|f| (f.service, ())));
+            services.extend(value.as_ref().map(|f| (f.service, ())));
+        }
+    }
+    services
+}
+
+/// Backends that new connections of each service can get.
+fn backends_of(tables: &Tables, services: &BTreeSet<u32>) -> BTreeMap<u32, BTreeSet<u32>> {
+    let mut valid: BTreeMap<u32, BTreeSet<u32>> =
+        services.iter().map(|id| (*id, BTreeSet::new())).collect();
+    for frontend in tables.frontends.values() {
+        let Some(backends) = valid.get_mut(&frontend.service) else {
+            continue;
+        };
+        for extent in [frontend.external, frontend.internal] {
+            if let Some(entries) = tables.entries(extent) {
+                backends.extend(
+                    entries.iter().copied().filter(|id| {
+                        tables.backends.get(id).is_some_and(|b: &Backend| b.route != 0)
+                    }),
+                );
+            }
+        }
+    }
+    valid
+}
