@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::plan::Plan;
-use crate::{Agent, LabError, LabSpec, NodeSpec, PodSpec};
+use crate::{Agent, Family, LabError, LabSpec, NodeSpec, PodSpec};
 
 /// The Services.
 pub const SERVICES: &str = include_str!("../manifests/services.yaml");
@@ -81,6 +81,10 @@ pub fn write_nodes(dir: &Path, plan: &Plan, spec: &LabSpec) -> Result<(), LabErr
 
 /// The Nodes of a lab as YAML, with the annotations that Flannel puts on them.
 pub fn nodes_yaml(plan: &Plan, spec: &LabSpec) -> String {
+    let (public, data) = match spec.underlay {
+        Family::V4 => ("public-ip", "backend-data"),
+        Family::V6 => ("public-ipv6", "backend-v6-data"),
+    };
     let mut text = String::new();
     for node in &plan.nodes {
         // Writing to a String does not fail.
@@ -93,8 +97,8 @@ pub fn nodes_yaml(plan: &Plan, spec: &LabSpec) -> String {
              \x20 name: {name}\n\
              \x20 annotations:\n\
              \x20   flannel.alpha.coreos.com/backend-type: vxlan\n\
-             \x20   flannel.alpha.coreos.com/public-ip: {v4}\n\
-             \x20   flannel.alpha.coreos.com/backend-data: '{{\"VNI\":{vni},\"VtepMAC\":\"{mac}\"}}'\n\
+             \x20   flannel.alpha.coreos.com/{public}: \"{outer}\"\n\
+             \x20   flannel.alpha.coreos.com/{data}: '{{\"VNI\":{vni},\"VtepMAC\":\"{mac}\"}}'\n\
              spec:\n\
              \x20 podCIDR: {cidr_v4}\n\
              \x20 podCIDRs: [{cidr_v4}, \"{cidr_v6}\"]\n\
@@ -104,6 +108,7 @@ pub fn nodes_yaml(plan: &Plan, spec: &LabSpec) -> String {
              \x20   - {{type: InternalIP, address: \"{v6}\"}}\n\
              \x20   - {{type: Hostname, address: {name}}}\n",
             name = node.name,
+            outer = node.address(spec.underlay),
             v4 = node.address_v4,
             v6 = node.address_v6,
             vni = spec.vni,
