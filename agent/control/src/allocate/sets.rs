@@ -70,6 +70,7 @@ struct Work<'a> {
     space: Space,
     /// Extents of the new tables by offset, and whose they are.
     owners: BTreeMap<u32, SetKey>,
+    /// Frontends that can be added.
     frontend_room: usize,
 }
 
@@ -112,21 +113,11 @@ pub(super) fn allocate(
             limits.maglev_entries,
         ),
         owners: BTreeMap::new(),
-        frontend_room: limits.frontends as usize,
+        // Deletions come after additions, so what goes still takes its room.
+        frontend_room: (limits.frontends as usize).saturating_sub(actual.frontends.len()),
     };
-    // Deletions come after additions, so what goes still takes its room.
-    let wanted: BTreeSet<FrontendKey> = desired.frontends.keys().map(frontend_key).collect();
-    let leaving = actual.frontends.keys().filter(|k| !wanted.contains(k)).count();
-    work.frontend_room = work.frontend_room.saturating_sub(leaving);
-
     let (old, new): (Vec<_>, Vec<_>) =
         candidates.values().partition(|c| known.contains_key(c.name));
-    let staying: usize = old
-        .iter()
-        .flat_map(|c| &c.frontends)
-        .filter(|(key, _)| actual.frontends.contains_key(key))
-        .count();
-    work.frontend_room = work.frontend_room.saturating_sub(staying);
     for (candidate, is_new) in old.iter().map(|c| (c, false)).chain(new.iter().map(|c| (c, true))) {
         let id = known.get(candidate.name).copied().or_else(|| service_ids.take());
         let Some(id) = id else {
@@ -211,7 +202,7 @@ impl Work<'_> {
         out: &mut Allocation,
     ) -> Result<(), Box<Skipped>> {
         let title = || format!("Service {}", candidate.name);
-        let added = |key: &FrontendKey| is_new || !self.actual.frontends.contains_key(key);
+        let added = |key: &FrontendKey| !self.actual.frontends.contains_key(key);
         let new_frontends = candidate.frontends.iter().filter(|(key, _)| added(key)).count();
         let fits = new_frontends <= self.frontend_room;
         if !fits {
@@ -270,8 +261,7 @@ impl Work<'_> {
             )
         };
         for (key, frontend) in &candidate.frontends {
-            let is_added = is_new || !self.actual.frontends.contains_key(key);
-            if is_added {
+            if !self.actual.frontends.contains_key(key) {
                 if self.frontend_room == 0 {
                     continue;
                 }

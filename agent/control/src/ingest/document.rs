@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-use super::field::quote;
+use super::field::{printable, quote};
 use super::{Ingested, Origin, endpoint_slice, node, pod, service};
 use crate::Skipped;
 use crate::model::Object;
@@ -199,8 +199,7 @@ fn object(origin: &Origin, version: &str, kind: &str, value: Value, out: &mut In
 }
 
 fn count(ignored: &mut BTreeMap<String, usize>, version: &str, kind: &str) {
-    let name = format!("{version}/{kind}");
-    let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
+    let name = printable(&format!("{version}/{kind}"), 100);
     *ignored.entry(name).or_default() += 1;
 }
 
@@ -229,10 +228,8 @@ fn typed<T: DeserializeOwned>(
     let title = title(kind, &value);
     serde_path_to_error::deserialize(value)
         .map_err(|error| {
-            let path = error.path().to_string();
-            let reason: String = error.into_inner().to_string();
-            let reason: String =
-                reason.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE).collect();
+            let path = printable(&error.path().to_string(), MAX_MESSAGE);
+            let reason = printable(&error.into_inner().to_string(), MAX_MESSAGE);
             skipped.push(
                 Skipped::error(title, reason)
                     .within(origin)

@@ -14,13 +14,26 @@ const MAX_NAME: usize = 253;
 /// Longest piece of somebody's text in a message.
 const MAX_QUOTE: usize = 80;
 
-/// `text` for a message: cut, and without control characters that a terminal would obey.
-pub(super) fn quote(text: &str) -> String {
-    let mut quoted: String = text.chars().take(MAX_QUOTE).collect::<String>();
-    if quoted.len() < text.len() {
-        quoted.push('…');
+/// `text` for a message: cut at `max` characters, and with what a terminal would obey or not show
+/// written as escapes.
+pub(super) fn printable(text: &str, max: usize) -> String {
+    let mut out = String::new();
+    for (i, c) in text.chars().enumerate() {
+        if i == max {
+            out.push('…');
+            break;
+        }
+        match c {
+            '"' | '\'' | '\\' => out.push(c),
+            c => out.extend(c.escape_debug()),
+        }
     }
-    format!("`{}`", quoted.escape_debug())
+    out
+}
+
+/// Somebody's text in backticks.
+pub(super) fn quote(text: &str) -> String {
+    format!("`{}`", printable(text, MAX_QUOTE))
 }
 
 /// Whether `name` can be the name of an object.
