@@ -218,7 +218,7 @@ impl LabSpec {
             client_mtu: 1450,
             pod_gro: true,
             fabric_xdp: true,
-            udp6_zero_checksum: true,
+            udp6_zero_checksum: false,
             servers: true,
         }
     }
