@@ -106,11 +106,14 @@ impl State {
     pub fn new(
         config: Config,
         run_dir: RunDir,
-        attacher: Attacher,
+        mut attacher: Attacher,
         hz: u32,
     ) -> Result<Self, StepError> {
         let pins = attacher.pins().clone();
         let names = run_dir.names()?;
+        if let Some(earlier) = run_dir.status()? {
+            attacher.remember(earlier.interfaces);
+        }
         let mut seeded = Ok(());
         let settings = settings::update(&pins, &run_dir, |s| seeded = settings::seed(s))?;
         seeded?;
@@ -380,11 +383,10 @@ impl State {
 
     /// Takes back redirect delivery to pods whose replies are not taken at TC.
     fn hold_back_redirect(&mut self, facts: &mut Facts) {
-        let attached = self.attacher.interfaces();
         for link in &facts.pod_devices {
-            let taken =
-                attached.get(&link.name).is_some_and(|a| a.ifindex == link.ifindex && a.tc_ingress);
-            if taken {
+            let wanted =
+                facts.context.pods.values().any(|p| p.ifindex == link.ifindex && p.redirect);
+            if !wanted || self.attacher.takes_replies(link) {
                 continue;
             }
             for pod in facts.context.pods.values_mut() {

@@ -12,13 +12,14 @@ mod bpffs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
     LinkOrder, ProgramError, ProgramInfo, SchedClassifier, TcAttachType, TestRun, TestRunOptions,
-    Xdp, XdpMode, loaded_programs,
+    Xdp, XdpMode, loaded_links, loaded_programs,
 };
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_obj::programs::XdpAttachType;
@@ -157,6 +158,8 @@ pub struct Attacher {
     ebpf: Ebpf,
     pins: Pins,
     interfaces: BTreeMap<String, Attached>,
+    /// What an earlier agent found out, so that a refusal keeps its reason when a link is taken over.
+    earlier: BTreeMap<String, Attached>,
     /// Held so that the links survive somebody's `umount` of the BPF file system.
     held: BTreeMap<PathBuf, FdLink>,
 }
@@ -203,7 +206,35 @@ impl Attacher {
         if let Err(e) = xdp(&mut ebpf, CLOCK)?.pin(&clock) {
             tracing::warn!("{}: {}", clock.display(), causes(&e));
         }
-        Ok(Self { ebpf, pins, interfaces: BTreeMap::new(), held: BTreeMap::new() })
+        Ok(Self {
+            ebpf,
+            pins,
+            interfaces: BTreeMap::new(),
+            earlier: BTreeMap::new(),
+            held: BTreeMap::new(),
+        })
+    }
+
+    /// Tells what an earlier agent had attached, from its status file.
+    pub fn remember(&mut self, earlier: BTreeMap<String, Attached>) {
+        self.earlier = earlier;
+    }
+
+    /// Whether replies of pods behind `link` are taken at TC: by this agent, or by the links of an
+    /// earlier one that are about to be taken over.
+    pub fn takes_replies(&self, link: &Link) -> bool {
+        if let Some(known) = self.interfaces.get(&link.name) {
+            return known.ifindex == link.ifindex && known.tc_ingress;
+        }
+        let path = link_path(self.pins.dir(), TC_INGRESS, &link.name);
+        let Ok(pinned) = PinnedLink::from_pin(&path) else {
+            return false;
+        };
+        let Ok(info) = FdLink::from(pinned).info() else {
+            return false;
+        };
+        SchedClassifier::query_tcx(&link.name, TcAttachType::Ingress)
+            .is_ok_and(|(_, programs)| programs.iter().any(|p| p.id() == info.program_id()))
     }
 
     /// The pins.
@@ -314,15 +345,16 @@ impl Attacher {
     /// earlier one.
     fn let_go(&mut self, keep: &BTreeSet<&str>) {
         self.interfaces.retain(|name, _| keep.contains(name.as_str()));
+        let mut gone = Vec::new();
         for (path, interface) in link_pins(self.pins.dir()) {
-            if keep.contains(interface.as_str()) {
-                continue;
+            if !keep.contains(interface.as_str()) {
+                tracing::info!(interface, "no longer used: {} is removed", path.display());
+                self.held.remove(&path);
+                gone.push(path);
             }
-            self.held.remove(&path);
-            match std::fs::remove_file(&path) {
-                Ok(()) => tracing::info!(interface, "no longer used: link removed"),
-                Err(e) => tracing::warn!(interface, "remove {}: {e}", path.display()),
-            }
+        }
+        if let Err(e) = remove_links(&gone) {
+            tracing::warn!("{e}");
         }
     }
 
@@ -360,6 +392,13 @@ impl Attacher {
     fn attach_xdp(&mut self, link: &Link, mode: Mode, refusals: &mut Vec<Refusal>) -> Rung {
         let path = link_path(self.pins.dir(), XDP, &link.name);
         if let Some(rung) = self.take_over_xdp(link, mode, &path) {
+            let earlier = self.earlier.get(&link.name);
+            refusals.extend(
+                earlier
+                    .into_iter()
+                    .filter(|a| a.ifindex == link.ifindex && a.mode == rung)
+                    .flat_map(|a| a.refusals.iter().cloned()),
+            );
             return rung;
         }
         let physical = link.kind.is_empty();
@@ -433,8 +472,8 @@ impl Attacher {
             Err(reason) => {
                 tracing::info!(interface = link.name, "link not taken over: {reason}");
                 self.held.remove(path);
-                if let Err(e) = std::fs::remove_file(path) {
-                    tracing::warn!("remove {}: {e}", path.display());
+                if let Err(e) = remove_links(&[path.to_owned()]) {
+                    tracing::warn!("{e}");
                 }
                 None
             }
@@ -473,8 +512,8 @@ impl Attacher {
                         "link not taken over: {reason}"
                     );
                     self.held.remove(&path);
-                    if let Err(e) = std::fs::remove_file(&path) {
-                        tracing::warn!("remove {}: {e}", path.display());
+                    if let Err(e) = remove_links(std::slice::from_ref(&path)) {
+                        tracing::warn!("{e}");
                     }
                 }
             }
@@ -690,6 +729,39 @@ pub fn link_pins(dir: &Path) -> Vec<(PathBuf, String)> {
         .collect()
 }
 
+/// How long a link may take to go after its pin: the kernel frees it after an RCU grace period.
+const LINK_GOES: Duration = Duration::from_secs(2);
+
+/// Removes the pins and waits until their links are gone, so that nothing of ours is attached any
+/// more when this returns.
+fn remove_links(pins: &[PathBuf]) -> Result<(), AttachError> {
+    let mut ids = BTreeSet::new();
+    for path in pins {
+        if let Ok(pinned) = PinnedLink::from_pin(path)
+            && let Ok(info) = FdLink::from(pinned).info()
+        {
+            ids.insert(info.id());
+        }
+        match std::fs::remove_file(path) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(AttachError::Unpin { path: path.clone(), source }),
+        }
+    }
+    let patience = Instant::now() + LINK_GOES;
+    while !ids.is_empty() && Instant::now() < patience {
+        let there: BTreeSet<u32> = loaded_links().flatten().map(|l| l.id()).collect();
+        ids.retain(|id| there.contains(id));
+        if !ids.is_empty() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+    if !ids.is_empty() {
+        tracing::warn!("links {ids:?} are unpinned, but somebody else holds them");
+    }
+    Ok(())
+}
+
 /// Removes everything of an instance from the kernel: links first, so that no program meets missing
 /// maps, then maps. Returns what was removed. What is not ours is not touched.
 ///
@@ -697,9 +769,11 @@ pub fn link_pins(dir: &Path) -> Vec<(PathBuf, String)> {
 /// When a pin cannot be removed.
 pub fn remove_pins(dir: &Path) -> Result<Vec<PathBuf>, AttachError> {
     let mut removed = Vec::new();
+    let links: Vec<PathBuf> = link_pins(dir).into_iter().map(|(path, _)| path).collect();
+    remove_links(&links)?;
+    removed.extend(links);
     let maps = sluice_abi::maps::ALL.iter().map(|name| dir.join(name));
-    let links = link_pins(dir).into_iter().map(|(path, _)| path);
-    for path in links.chain([clock_path(dir)]).chain(maps) {
+    for path in [clock_path(dir)].into_iter().chain(maps) {
         match std::fs::remove_file(&path) {
             Ok(()) => removed.push(path),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}

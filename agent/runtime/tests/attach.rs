@@ -1,0 +1,262 @@
+//! Laws of attaching, on veth pairs in network namespaces. Needs root.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod node;
+
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
+use node::{Node, in_namespace, sh};
+use sluice::attach::{Attacher, OBJECT, Role, Rung, link_pins, remove_pins};
+use sluice::config::Mode;
+use sluice::facts::kernel::{Kernel, Link};
+use sluice::netlink::Netlink;
+
+fn link(name: &str) -> Link {
+    let mut netlink = Netlink::open().unwrap();
+    Kernel::read(&mut netlink).unwrap().link(name).unwrap().clone()
+}
+
+fn veth() {
+    sh("ip link add up0 type veth peer name up1; ip link set up0 up; ip link set up1 up");
+}
+
+/// Loads and attaches to `up0`.
+fn start(node: &Node, mode: Mode) -> Attacher {
+    let mut attacher = Attacher::load(&node.pin_dir, &node.maps()).unwrap();
+    attacher.reconcile(&[(link("up0"), Role::Uplink)], |_| mode);
+    attacher
+}
+
+fn link_id(node: &Node) -> (u32, u32) {
+    let (path, _) = link_pins(&node.pin_dir)
+        .into_iter()
+        .find(|(p, _)| p.to_string_lossy().contains("xdp_node"))
+        .unwrap();
+    let info = FdLink::from(PinnedLink::from_pin(path).unwrap()).info().unwrap();
+    (info.id(), info.program_id())
+}
+
+#[test]
+fn auto_takes_native_on_veth_and_says_why_not_offload() {
+    in_namespace(|node| {
+        veth();
+        let attacher = start(node, Mode::Auto);
+        let attached = &attacher.interfaces()["up0"];
+        assert_eq!(attached.mode, Rung::Native, "{attached:?}");
+        assert!(attached.tc_ingress && attached.tc_egress);
+        assert_eq!(attached.refusals.len(), 1);
+        assert_eq!(attached.refusals[0].rung, "offload");
+        let there = link("up0").xdp;
+        assert_eq!((there.len(), there[0].1), (1, "native"));
+    });
+}
+
+#[test]
+fn programs_outlive_the_agent_and_the_next_one_takes_the_link_over() {
+    in_namespace(|node| {
+        veth();
+        drop(start(node, Mode::Auto));
+        let (id, program) = link_id(node);
+        assert_eq!(link("up0").xdp, [(program, "native")]);
+        let attacher = start(node, Mode::Auto);
+        let (id_after, program_after) = link_id(node);
+        assert_eq!(id, id_after, "a new link was made");
+        assert_ne!(program, program_after, "the program was not replaced");
+        assert_eq!(link("up0").xdp, [(program_after, "native")]);
+        assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let (_, programs) = SchedClassifier::query_tcx("up0", side).unwrap();
+            assert_eq!(programs.len(), 1, "{side:?}");
+        }
+    });
+}
+
+#[test]
+fn forced_mode_is_obeyed_and_a_changed_one_moves_the_link() {
+    in_namespace(|node| {
+        veth();
+        let mut attacher = start(node, Mode::Generic);
+        assert_eq!(link("up0").xdp[0].1, "generic");
+        attacher.reconcile(&[(link("up0"), Role::Uplink)], |_| Mode::Native);
+        assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+        assert_eq!(link("up0").xdp[0].1, "native");
+        drop(attacher);
+        let attacher = start(node, Mode::Generic);
+        assert_eq!(attacher.interfaces()["up0"].mode, Rung::Generic);
+        assert_eq!(link("up0").xdp[0].1, "generic");
+    });
+}
+
+#[test]
+fn forced_offload_attaches_nothing_and_says_why() {
+    in_namespace(|node| {
+        veth();
+        let attacher = start(node, Mode::Offload);
+        let attached = &attacher.interfaces()["up0"];
+        assert_eq!(attached.mode, Rung::None);
+        assert!(!attached.refusals[0].reason.is_empty());
+        assert!(link("up0").xdp.is_empty());
+        assert!(link_pins(&node.pin_dir).is_empty());
+    });
+}
+
+#[test]
+fn mtu_above_the_limit_of_native_falls_to_generic_with_the_reason() {
+    in_namespace(|node| {
+        sh("ip link add up0 mtu 9000 type veth peer name up1 mtu 9000; ip link set up0 up");
+        let attacher = start(node, Mode::Auto);
+        let attached = &attacher.interfaces()["up0"];
+        // A program that takes fragmented frames attaches natively at this MTU.
+        if attached.mode == Rung::Native {
+            return;
+        }
+        assert_eq!(attached.mode, Rung::Generic, "{attached:?}");
+        let native = attached.refusals.iter().find(|r| r.rung == "native").unwrap();
+        assert_eq!(native.errno, 34);
+        assert!(native.reason.contains("9000") && native.remedy.contains("mtu"));
+    });
+}
+
+#[test]
+fn foreign_program_is_named_and_left_alone() {
+    in_namespace(|node| {
+        veth();
+        let mut ebpf = foreign();
+        let program: &mut Xdp = ebpf.program_mut("xdp_pass").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        program.attach("up0", XdpMode::Driver).unwrap();
+        let there = link("up0").xdp;
+        let attacher = start(node, Mode::Auto);
+        let attached = attacher.interfaces()["up0"].clone();
+        assert_eq!(attached.mode, Rung::Tc, "{attached:?}");
+        let native = attached.refusals.iter().find(|r| r.rung == "native").unwrap();
+        assert_eq!(native.errno, 16);
+        assert!(native.reason.contains("xdp_pass"), "{}", native.reason);
+        assert!(native.reason.contains(&there[0].0.to_string()), "{}", native.reason);
+        assert!(attached.refusals.iter().any(|r| r.rung == "generic" && r.errno == 17));
+        drop(attacher);
+        remove_pins(&node.pin_dir).unwrap();
+        assert_eq!(link("up0").xdp, there, "the foreign program was touched");
+    });
+}
+
+/// Maps of the object without pins, for a program that is not ours.
+fn foreign() -> aya::Ebpf {
+    let mut loader = aya::EbpfLoader::new();
+    for name in sluice_abi::maps::ALL {
+        if name == sluice_abi::maps::MAGLEV || name == sluice_abi::maps::FLOW {
+            loader.map_max_entries(name, 4);
+        }
+    }
+    loader.load(OBJECT).unwrap()
+}
+
+#[test]
+fn cleanup_removes_ours_and_leaves_foreign_tc_programs() {
+    in_namespace(|node| {
+        veth();
+        let mut ebpf = foreign();
+        let program: &mut SchedClassifier =
+            ebpf.program_mut("tc_egress").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        program.attach("up0", TcAttachType::Ingress).unwrap();
+        drop(start(node, Mode::Auto));
+        let count = || SchedClassifier::query_tcx("up0", TcAttachType::Ingress).unwrap().1.len();
+        assert_eq!(count(), 2);
+        let removed = remove_pins(&node.pin_dir).unwrap();
+        assert!(removed.len() > 16, "{removed:?}");
+        assert_eq!(count(), 1);
+        assert!(link("up0").xdp.is_empty());
+        assert_eq!(std::fs::read_dir(&node.pin_dir).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn interface_that_came_back_is_attached_to_anew() {
+    in_namespace(|node| {
+        veth();
+        let mut attacher = start(node, Mode::Auto);
+        let first = link("up0").ifindex;
+        sh("ip link del up0");
+        veth();
+        assert_ne!(first, link("up0").ifindex);
+        assert!(link("up0").xdp.is_empty());
+        attacher.reconcile(&[(link("up0"), Role::Uplink)], |_| Mode::Auto);
+        assert_eq!(link("up0").xdp.len(), 1, "{:?}", attacher.interfaces());
+        // And while no agent was there.
+        drop(attacher);
+        sh("ip link del up0");
+        veth();
+        let attacher = start(node, Mode::Auto);
+        assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+        assert_eq!(link("up0").xdp.len(), 1);
+        let (_, programs) = SchedClassifier::query_tcx("up0", TcAttachType::Egress).unwrap();
+        assert_eq!(programs.len(), 1);
+    });
+}
+
+#[test]
+fn lost_link_is_renewed() {
+    in_namespace(|node| {
+        veth();
+        let mut attacher = start(node, Mode::Auto);
+        let (path, _) = link_pins(&node.pin_dir)
+            .into_iter()
+            .find(|(p, _)| p.to_string_lossy().contains("xdp_node"))
+            .unwrap();
+        sh(&format!("bpftool link detach pinned {}", path.display()));
+        assert!(link("up0").xdp.is_empty());
+        attacher.reconcile(&[(link("up0"), Role::Uplink)], |_| Mode::Auto);
+        assert_eq!(link("up0").xdp.len(), 1);
+    });
+}
+
+#[test]
+fn interface_that_is_no_longer_wanted_is_let_go() {
+    in_namespace(|node| {
+        veth();
+        sh("ip link add up.2 type veth peer name up3; ip link set up.2 up");
+        let mut attacher = Attacher::load(&node.pin_dir, &node.maps()).unwrap();
+        let both = [(link("up0"), Role::Uplink), (link("up.2"), Role::Pod)];
+        attacher.reconcile(&both, |_| Mode::Auto);
+        assert_eq!(attacher.interfaces()["up.2"].mode, Rung::Tc);
+        assert!(attacher.takes_replies(&link("up.2")));
+        attacher.reconcile(&both[..1], |_| Mode::Auto);
+        assert!(link_pins(&node.pin_dir).iter().all(|(_, name)| name == "up0"));
+        let (_, programs) = SchedClassifier::query_tcx("up.2", TcAttachType::Ingress).unwrap();
+        assert!(programs.is_empty());
+    });
+}
+
+#[test]
+fn pinned_map_of_another_size_is_refused_with_a_remedy() {
+    in_namespace(|node| {
+        drop(Attacher::load(&node.pin_dir, &node.maps()).unwrap());
+        let mut other = node.maps();
+        other.flow_sets = 8;
+        let text = match Attacher::load(&node.pin_dir, &other) {
+            Ok(_) => panic!("a map of another size was taken"),
+            Err(e) => e.to_string(),
+        };
+        assert!(
+            text.contains("sl_flow_v1") && text.contains(" 4,") && text.contains(" 8;"),
+            "{text}"
+        );
+        assert!(text.contains("sluice cleanup"), "{text}");
+        drop(Attacher::load(&node.pin_dir, &node.maps()).unwrap());
+    });
+}
+
+#[test]
+fn clock_of_the_kernel_runs() {
+    in_namespace(|node| {
+        let mut attacher = Attacher::load(&node.pin_dir, &node.maps()).unwrap();
+        let first = attacher.jiffies().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let second = sluice::attach::pinned_jiffies(&node.pin_dir).unwrap();
+        let ticks = second.wrapping_sub(first) & 0x7fff_ffff;
+        // 100 to 1000 ticks a second, and a machine may be slow but not that slow.
+        assert!((9..60_000).contains(&ticks), "{ticks}");
+    });
+}
