@@ -104,10 +104,10 @@ pub struct ServiceCount {
     pub service: String,
     /// Packets from clients.
     #[serde(default)]
-    pub packets_forward: u64,
+    pub forward_packets: u64,
     /// Packets from endpoints.
     #[serde(default)]
-    pub packets_reply: u64,
+    pub reply_packets: u64,
 }
 
 impl Lab {
@@ -258,7 +258,7 @@ impl Counters {
                 .is_some_and(|(of, at)| of == service && (at == port_name || at == port))
         };
         self.services.iter().filter(|s| is_it(&s.service)).fold((0, 0), |(forward, reply), s| {
-            (forward + s.packets_forward, reply + s.packets_reply)
+            (forward + s.forward_packets, reply + s.reply_packets)
         })
     }
 }
