@@ -2,16 +2,13 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let result = sluice::cli::run(sluice::cli::Cli::parse()).context("sluice");
-    match result {
+    match sluice::cli::run(sluice::cli::Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            // The outermost word is the program's; the rest says what and what to do.
-            eprintln!("{error:#}");
+            eprintln!("sluice: {error}");
             ExitCode::FAILURE
         }
     }

@@ -9,6 +9,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use sluice_abi::settings_flags;
+use sluice_lab::cli::LabArgs;
+use sluice_lab::{LabContext, LabError};
 
 use crate::agent::{self, AgentError};
 use crate::attach::{self, AttachError};
@@ -37,6 +39,7 @@ Examples:
   sluice status                                          is it ready, in which mode, and why not a faster one
   sluice services                                        what is translated to what
   sluice counters --output json                          every packet, by verdict and reason
+  sluice lab demo                                        see it work: two nodes, a shop, real traffic
   sluice bypass on                                       every packet to the kernel, at once
   sluice cleanup --yes                                   remove everything that this instance put there";
 
@@ -76,6 +79,8 @@ enum Command {
     /// Check or print config files.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// A cluster in network namespaces on this machine, to try things out.
+    Lab(LabArgs),
     /// Pass every packet to the kernel, or stop doing so. Takes effect with the next packet.
     Bypass {
         /// What to do.
@@ -171,6 +176,9 @@ pub enum CliError {
     /// Pins.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// The lab.
+    #[error(transparent)]
+    Lab(#[from] LabError),
     /// Nothing was done.
     #[error("nothing was removed; add --yes to do it")]
     NotConfirmed,
@@ -230,6 +238,10 @@ pub fn run(cli: Cli) -> Result<ExitCode, CliError> {
                 u64::from(config.maps.flow_sets) * size_of::<sluice_abi::FlowSet>() as u64
                     / 1_000_000,
             ))?;
+        }
+        Command::Lab(args) => {
+            let context = LabContext { talk: true, ..LabContext::new(std::env::current_exe()?) };
+            return Ok(sluice_lab::cli::run(&args, &context)?);
         }
         Command::Bypass { action, instance } => bypass(action, &instance)?,
         Command::Release(instance) => {
