@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
@@ -81,9 +81,12 @@ pub struct Counters {
     pub services: Vec<ServiceCount>,
 }
 
-/// Packets that ended with one reason, over all CPUs.
+/// Packets that ended with one reason at one hook, over all CPUs.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct ReasonCount {
+    /// Where: XDP or one of TC's directions.
+    #[serde(default)]
+    pub hook: String,
     /// The reason's snake-case name.
     pub reason: String,
     /// `pass`, `drop` or `forward`.
@@ -218,12 +221,25 @@ impl Lab {
     /// # Errors
     /// It failed.
     pub fn sluice(&self, node: &str, args: &[&str]) -> Result<String, LabError> {
-        let config = self.agent_config(node);
-        let program = self.context().sluice.to_string_lossy().into_owned();
-        let config = config.to_string_lossy();
-        let mut all = args.to_vec();
-        all.extend(["--config", &config]);
-        self.host(node)?.run(&program, &all)
+        let output = self.sluice_output(node, args)?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(LabError::Command {
+            command: format!("sluice {}", args.join(" ")),
+            host: node.to_owned(),
+            message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        })
+    }
+
+    /// The same, whatever the exit status.
+    ///
+    /// # Errors
+    /// The executable cannot be started.
+    pub fn sluice_output(&self, node: &str, args: &[&str]) -> Result<Output, LabError> {
+        let mut command = Command::new(&self.context().sluice);
+        command.args(args).arg("--config").arg(self.agent_config(node));
+        self.host(node)?.netns.output(&mut command)
     }
 
     /// `sluice status` of a node.
@@ -231,7 +247,17 @@ impl Lab {
     /// # Errors
     /// As [`Lab::sluice`], or the answer is not what this version reads.
     pub fn agent_status(&self, node: &str) -> Result<Status, LabError> {
-        parse("sluice status", &self.sluice(node, &["status", "--output", "json"])?)
+        let output = self.sluice_output(node, &["status", "--output", "json"])?;
+        // The exit status says "not ready" as well, with an answer that says why.
+        let status = parse("sluice status", &String::from_utf8_lossy(&output.stdout));
+        status.map_err(|error| match output.status.success() {
+            true => error,
+            false => LabError::Command {
+                command: "sluice status".to_owned(),
+                host: node.to_owned(),
+                message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+            },
+        })
     }
 
     /// `sluice counters` of a node.
@@ -244,7 +270,26 @@ impl Lab {
 }
 
 impl Counters {
-    /// Packets that ended with a reason of that name.
+    /// What was counted since `earlier`.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let mut delta = self.clone();
+        for count in &mut delta.reasons {
+            let same =
+                |old: &&ReasonCount| (&old.hook, &old.reason) == (&count.hook, &count.reason);
+            let old = earlier.reasons.iter().find(same).cloned().unwrap_or_default();
+            count.packets = count.packets.saturating_sub(old.packets);
+            count.bytes = count.bytes.saturating_sub(old.bytes);
+        }
+        for count in &mut delta.services {
+            let same = |old: &&ServiceCount| old.service == count.service;
+            let old = earlier.services.iter().find(same).cloned().unwrap_or_default();
+            count.forward_packets = count.forward_packets.saturating_sub(old.forward_packets);
+            count.reply_packets = count.reply_packets.saturating_sub(old.reply_packets);
+        }
+        delta
+    }
+
+    /// Packets that ended with a reason of that name, at all hooks.
     pub fn reason(&self, name: &str) -> u64 {
         self.reasons.iter().filter(|r| r.reason == name).map(|r| r.packets).sum()
     }

@@ -100,6 +100,8 @@ pub struct Row {
 pub struct ReasonRow {
     /// Attach mode of node1's uplink.
     pub mode: Mode,
+    /// Where the packets were counted: XDP or one of TC's directions.
+    pub hook: String,
     /// The reason's name.
     pub reason: String,
     /// `pass`, `drop` or `forward`.
@@ -170,12 +172,12 @@ pub fn run(context: &LabContext, options: &DemoOptions) -> Result<Report, LabErr
             progress.step();
         }
         let after = lab.agent_counters(NODE).unwrap_or_default();
-        report.reasons.extend(reason_rows(*mode, &before, &after));
+        report.reasons.extend(reason_rows(*mode, after.since(&before)));
         let last = index + 1 == options.modes.len();
         if !last {
             progress.say(&format!("ending sluice run, {mode} mode"));
             lab.stop(agent.process)?;
-            lab.sluice(NODE, &["cleanup"])?;
+            lab.sluice(NODE, &["cleanup", "--yes"])?;
         }
     }
     progress.say("removing the lab");
@@ -484,14 +486,15 @@ fn judge_counters(
                 return Ok(());
             }
         };
-        let delta = |names: &[&str]| -> u64 {
-            names.iter().map(|n| after.reason(n).saturating_sub(before.reason(n))).sum()
-        };
-        row.decapsulated = delta(&DECAPSULATED);
-        row.translated = delta(&TRANSLATED);
-        row.replies = delta(&REPLIES);
-        row.dropped = dropped(before, &after);
-        let missing = unaccounted(case, before, &after, packets, row);
+        let delta = after.since(before);
+        row.decapsulated = sum(&delta, &DECAPSULATED);
+        row.translated = sum(&delta, &TRANSLATED);
+        row.replies = sum(&delta, &REPLIES);
+        row.dropped.clear();
+        for count in delta.reasons.iter().filter(|c| c.verdict == "drop" && c.packets > 0) {
+            *row.dropped.entry(count.reason.clone()).or_default() += count.packets;
+        }
+        let missing = unaccounted(case, &delta, packets, row);
         if missing.is_empty() {
             return Ok(());
         }
@@ -511,13 +514,7 @@ const TRANSLATED: [&str; 4] =
 const REPLIES: [&str; 2] = ["reply_local", "reply_remote"];
 
 /// What the counters do not account for.
-fn unaccounted(
-    case: &Case,
-    before: &Counters,
-    after: &Counters,
-    packets: HostPackets,
-    row: &Row,
-) -> Vec<String> {
+fn unaccounted(case: &Case, delta: &Counters, packets: HostPackets, row: &Row) -> Vec<String> {
     let mut missing = Vec::new();
     let mut expect = |what: &str, counted: u64, happened: u64| {
         // A silent host proves nothing: at least one packet per request must have been counted.
@@ -527,48 +524,36 @@ fn unaccounted(
     };
     match &case.proof {
         Proof::Service { name, port_name, port, .. } => {
-            let (forward_before, reply_before) = before.service_port(name, port_name, *port);
-            let (forward, reply) = after.service_port(name, port_name, *port);
+            let (forward, reply) = delta.service_port(name, port_name, *port);
             let service = format!("{name}:{port_name}");
-            let (forward, reply) =
-                (forward.saturating_sub(forward_before), reply.saturating_sub(reply_before));
             expect(&format!("requests of {service}"), forward, packets.sent);
             expect(&format!("replies of {service}"), reply, packets.received);
             expect("translated packets", row.translated, packets.sent);
             expect("packets translated back", row.replies, packets.received);
         }
         Proof::Decap { .. } => {
-            let all: u64 = row.decapsulated;
-            expect("decapsulated packets", all, packets.sent);
+            expect("decapsulated packets", row.decapsulated, packets.sent);
         }
     }
     missing
 }
 
-fn dropped(before: &Counters, after: &Counters) -> BTreeMap<String, u64> {
-    after
-        .reasons
-        .iter()
-        .filter(|count| count.verdict == "drop")
-        .map(|count| {
-            let packets = count.packets.saturating_sub(before.reason(&count.reason));
-            (count.reason.clone(), packets)
-        })
-        .filter(|(_, packets)| *packets > 0)
-        .collect()
+fn sum(counters: &Counters, reasons: &[&str]) -> u64 {
+    reasons.iter().map(|reason| counters.reason(reason)).sum()
 }
 
-fn reason_rows(mode: Mode, before: &Counters, after: &Counters) -> Vec<ReasonRow> {
-    after
+fn reason_rows(mode: Mode, delta: Counters) -> Vec<ReasonRow> {
+    delta
         .reasons
-        .iter()
+        .into_iter()
+        .filter(|count| count.packets > 0)
         .map(|count| ReasonRow {
             mode,
-            reason: count.reason.clone(),
-            verdict: count.verdict.clone(),
-            packets: count.packets.saturating_sub(before.reason(&count.reason)),
+            hook: count.hook,
+            reason: count.reason,
+            verdict: count.verdict,
+            packets: count.packets,
         })
-        .filter(|row| row.packets > 0)
         .collect()
 }
 
@@ -643,21 +628,21 @@ impl Report {
 
     fn reason_table(&self) -> Table {
         let mut modes: Vec<Mode> = Vec::new();
-        let mut reasons: BTreeMap<(&str, &str), BTreeMap<String, u64>> = BTreeMap::new();
+        let mut reasons: BTreeMap<(&str, &str, &str), BTreeMap<String, u64>> = BTreeMap::new();
         for row in &self.reasons {
             if !modes.contains(&row.mode) {
                 modes.push(row.mode);
             }
-            let by_mode = reasons.entry((&row.verdict, &row.reason)).or_default();
+            let by_mode = reasons.entry((&row.hook, &row.verdict, &row.reason)).or_default();
             *by_mode.entry(row.mode.to_string()).or_default() += row.packets;
         }
         let mut table = Table::new();
         table.load_preset(UTF8_FULL_CONDENSED);
-        let mut header = vec![format!("packets on {NODE}"), "reason".to_owned()];
-        header.extend(modes.iter().map(Mode::to_string));
+        let mut header = vec![format!("{NODE}, hook"), "verdict".to_owned(), "reason".to_owned()];
+        header.extend(modes.iter().map(|mode| format!("{mode}, packets")));
         table.set_header(header);
-        for ((verdict, reason), by_mode) in reasons {
-            let mut cells = vec![verdict.to_owned(), reason.to_owned()];
+        for ((hook, verdict, reason), by_mode) in reasons {
+            let mut cells = vec![hook.to_owned(), verdict.to_owned(), reason.to_owned()];
             cells.extend(modes.iter().map(|mode| {
                 by_mode.get(&mode.to_string()).copied().unwrap_or_default().to_string()
             }));
