@@ -18,8 +18,8 @@ use crate::preflight::is_bpffs;
 use crate::process::ProcessId;
 use crate::{Lab, LabContext, LabError, Mode, interrupt};
 
-/// How long an agent may take to program a lab's objects.
-const READY_LIMIT: Duration = Duration::from_secs(30);
+/// How long an agent may take to load its programs and to program a lab's objects.
+const READY_LIMIT: Duration = Duration::from_secs(60);
 
 /// What an agent shall do.
 #[derive(Clone, Debug)]

@@ -195,12 +195,12 @@ fn check_attached(lab: &Lab, mode: Mode) -> Result<(), LabError> {
     } else if shown.contains(" xdp ") {
         Mode::Native
     } else {
-        return Err(wrong_mode(lab, &format!("no XDP program is attached to {UPLINK}")));
+        return Err(wrong_mode(lab, &format!("left {UPLINK} without an XDP program")));
     };
     if mode == Mode::Auto || attached == mode {
         return Ok(());
     }
-    Err(wrong_mode(lab, &format!("{UPLINK} is in {attached} mode, not {mode}")))
+    Err(wrong_mode(lab, &format!("attached to {UPLINK} in {attached} mode, not {mode}")))
 }
 
 fn wrong_mode(lab: &Lab, message: &str) -> LabError {

@@ -82,7 +82,7 @@ pub enum LabError {
     #[error("this machine cannot run the lab:\n{}", Finding::lines(.0))]
     Preflight(Vec<Finding>),
     /// A process of the lab ended or answered wrongly.
-    #[error("{process} on {host}: {message}\nlog: {}", log.display())]
+    #[error("{process} on {host} {message}")]
     Process {
         /// What it is, for example `sluice run`.
         process: String,
@@ -90,7 +90,7 @@ pub enum LabError {
         host: String,
         /// What happened.
         message: String,
-        /// Where its output went.
+        /// Where its output went, as long as the lab is there; the message holds its end.
         log: PathBuf,
     },
     /// A file's contents are not what this version writes.

@@ -60,5 +60,5 @@ fn answered_traffic_that_no_counter_shows_fails() {
 fn an_agent_that_only_says_native_is_found_out() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let error = demo::run(&context(dir.path()), &options(false)).expect_err("nothing is attached");
-    assert!(error.to_string().contains("no XDP program"), "{error}");
+    assert!(error.to_string().contains("without an XDP program"), "{error}");
 }
