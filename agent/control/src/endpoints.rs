@@ -181,4 +181,14 @@ mod tests {
         assert_eq!(chosen(&[running.clone(), leaving.clone()]), expected);
         assert_eq!(chosen(&[leaving, running]), expected);
     }
+
+    #[test]
+    fn running_duplicate_wins_over_a_published_terminating_one() {
+        let running = slice(vec![endpoint(1, "them", true, true, false)]);
+        let published = slice(vec![endpoint(1, "us", true, true, true)]);
+        assert_eq!(chosen(&[running, published.clone()]), (vec![1], vec![]));
+        // The address may be a new pod's that is not ready yet.
+        let starting = slice(vec![endpoint(1, "us", false, false, false)]);
+        assert_eq!(chosen(&[published, starting]), (vec![], vec![]));
+    }
 }

@@ -7,31 +7,23 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::model::Tuple;
 
-/// Entries per backend: the share of a backend is then within 1 % of fair (section 5.3).
-const ENTRIES_PER_BACKEND: u64 = 100;
+/// Entries per backend: the share of a backend is then within 1 % of fair (section 5.3). The smaller
+/// ones are for maps that are too small for all tables; the same for all Services of a cluster.
+pub const ENTRIES_PER_BACKEND: [u32; 5] = [100, 30, 10, 3, 1];
 /// Makes the second hash family (`skip`) independent of the first (`offset`).
 const SKIP_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Number of entries for a set of `backends`: 0 for none, 1 for one, else a prime at or above
-/// 100 times their number, but at most the largest prime within `max`; never fewer than backends.
-pub fn table_size(backends: usize, max: u32) -> u32 {
+/// `per_backend` times their number, but at most the largest prime within `max`; never fewer than
+/// backends.
+pub fn table_size(backends: usize, per_backend: u32, max: u32) -> u32 {
     let backends = backends as u64;
     match backends {
         0 | 1 => backends as u32,
         _ => {
-            let wanted = next_prime(backends.saturating_mul(ENTRIES_PER_BACKEND));
+            let wanted = next_prime(backends.saturating_mul(per_backend.into()));
             let size = wanted.min(previous_prime(max.into())).max(next_prime(backends));
             u32::try_from(size).unwrap_or(u32::MAX)
-        }
-    }
-}
-
-/// A smaller size for full maps: the next prime at or above `per_backend` times the backends.
-pub(crate) fn table_size_of(backends: usize, per_backend: u64) -> u32 {
-    match backends as u64 {
-        0 | 1 => backends as u32,
-        backends => {
-            u32::try_from(next_prime(backends.saturating_mul(per_backend))).unwrap_or(u32::MAX)
         }
     }
 }
@@ -124,14 +116,15 @@ mod tests {
 
     #[test]
     fn size_is_prime_and_a_hundred_per_backend_within_the_cap() {
-        assert_eq!(table_size(0, 16_381), 0);
-        assert_eq!(table_size(1, 16_381), 1);
-        assert_eq!(table_size(2, 16_381), 211);
-        assert_eq!(table_size(10, 16_381), 1009);
-        assert_eq!(table_size(10_000, 16_381), 16_381);
-        assert_eq!(table_size(10_000, 16_384), 16_381);
-        assert_eq!(table_size(10, 0), 11);
-        assert_eq!(table_size(20_000, 16_381), 20_011);
+        assert_eq!(table_size(0, 100, 16_381), 0);
+        assert_eq!(table_size(1, 100, 16_381), 1);
+        assert_eq!(table_size(2, 100, 16_381), 211);
+        assert_eq!(table_size(10, 100, 16_381), 1009);
+        assert_eq!(table_size(10_000, 100, 16_381), 16_381);
+        assert_eq!(table_size(10_000, 100, 16_384), 16_381);
+        assert_eq!(table_size(10, 100, 0), 11);
+        assert_eq!(table_size(20_000, 100, 16_381), 20_011);
+        assert_eq!(table_size(10, 3, 16_381), 31);
     }
 
     /// The contents of one table, so that a change of the hash cannot pass unseen: nodes of two
@@ -150,7 +143,7 @@ mod tests {
             seed: u64,
         ) {
             let backends = backends(&numbers);
-            let size = table_size(backends.len(), 16_381);
+            let size = table_size(backends.len(), 100, 16_381);
             let table = table(seed, "a/b:c/tcp", &backends, size);
             prop_assert_eq!(table.len(), size as usize);
             let mut shares = vec![0u32; backends.len()];
@@ -160,32 +153,34 @@ mod tests {
             let (min, max) = (shares.iter().min(), shares.iter().max());
             prop_assert!(max.zip(min).is_some_and(|(max, min)| max - min <= 1));
         }
+    }
 
-        #[test]
-        fn few_entries_move_when_a_backend_goes(
-            numbers in proptest::collection::btree_set(0u32..10_000, 3..40),
-            pick: prop::sample::Index,
-            seed: u64,
-        ) {
-            let gone = *pick.get(&numbers.iter().copied().collect::<Vec<_>>());
-            let size = table_size(numbers.len(), 16_381);
-            let before_backends = backends(&numbers);
-            let mut rest = numbers.clone();
-            rest.remove(&gone);
-            let after_backends = backends(&rest);
-            let before = table(seed, "a/b:c/tcp", &before_backends, size);
-            let after = table(seed, "a/b:c/tcp", &after_backends, size);
-            let gone = backends(&BTreeSet::from([gone]))[0];
-            let moved = before
-                .iter()
-                .zip(&after)
-                .filter(|(b, a)| {
-                    let b = before_backends[**b as usize];
-                    b != gone && b != after_backends[**a as usize]
-                })
-                .count();
-            // Section 5.3: with 100 entries per backend some per cent move that need not.
-            prop_assert!(moved * 100 <= size as usize * 15, "{} of {} moved", moved, size);
+    /// Section 5.3: few entries move that need not. Single unlucky tables move more (a quarter has
+    /// been seen with four backends), so the law is about the mean; the remainder of a division
+    /// would move three quarters.
+    #[test]
+    fn few_entries_move_when_a_backend_goes() {
+        for count in [3u32, 5, 10, 40] {
+            let size = table_size(count as usize, 100, 16_381);
+            let mut moved = 0;
+            const SEEDS: u32 = 100;
+            for seed in 0..SEEDS {
+                let numbers: BTreeSet<u32> = (0..count).map(|n| seed * 1000 + 7 * n).collect();
+                let gone = seed * 1000 + 7 * (seed % count);
+                let rest: BTreeSet<u32> = numbers.iter().copied().filter(|n| *n != gone).collect();
+                let (all, rest) = (backends(&numbers), backends(&rest));
+                let gone = backends(&BTreeSet::from([gone]))[0];
+                let before = table(7, "a/b:c/tcp", &all, size);
+                let after = table(7, "a/b:c/tcp", &rest, size);
+                moved += before
+                    .iter()
+                    .zip(&after)
+                    .map(|(b, a)| (all[*b as usize], rest[*a as usize]))
+                    .filter(|(b, a)| *b != gone && b != a)
+                    .count();
+            }
+            let share = moved as f64 / f64::from(SEEDS * size);
+            assert!(share < 0.04, "{share} of the entries moved with {count} backends");
         }
     }
 }

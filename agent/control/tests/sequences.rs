@@ -521,3 +521,34 @@ fn epoch_is_bumped_when_a_route_ends_and_not_when_a_neighbour_moves() {
     let gone = allocate(&node, &moved);
     assert!(delta(&moved.0, &gone.0).new_epoch);
 }
+
+#[test]
+fn tables_shrink_together_when_the_map_is_small() {
+    let services = (0..50).map(|name| SmallService {
+        name,
+        vip: name,
+        external_ip: None,
+        node_port: None,
+        internal_local: false,
+        external_local: false,
+        endpoints: (0..8).map(|n| (n, true, false)).collect(),
+    });
+    let world = World {
+        services: services.collect(),
+        peers: [false; 4],
+        next_hops: [None; 3],
+        pods: [false; 3],
+        mac: 0,
+    };
+    let compiled = compile(&world.snapshot(), &world.node());
+    let sizes = |maglev_entries: u32| -> BTreeSet<usize> {
+        let limits = Limits { maglev_entries, ..Limits::default() };
+        let (tables, names) = (Tables::default(), Names::default());
+        let out = Allocator::new(limits).allocate(&compiled.desired, &tables, &names, 0);
+        assert_eq!(out.tables.frontends.len(), 50);
+        out.tables.extents.values().map(|e| e.len()).collect()
+    };
+    assert_eq!(sizes(60_000), BTreeSet::from([809]));
+    assert_eq!(sizes(20_000), BTreeSet::from([241]));
+    assert_eq!(sizes(2_000), BTreeSet::from([29]));
+}

@@ -72,6 +72,8 @@ struct Work<'a> {
     owners: BTreeMap<u32, SetKey>,
     /// Frontends that can be added.
     frontend_room: usize,
+    /// Entries of consistent-hash tables per backend.
+    per_backend: u32,
 }
 
 /// Fills backends, extents and frontends of `out`. Services that the maps hold come first.
@@ -97,7 +99,18 @@ pub(super) fn allocate(
     let mut cache = std::mem::take(&mut allocator.tables);
     cache.by_set.retain(|key, _| desired.sets.contains_key(key));
     let in_use: BTreeSet<(u32, u32)> = actual.referenced_extents();
+    let per_backend = per_backend(desired, limits.maglev_entries);
+    if per_backend < maglev::ENTRIES_PER_BACKEND[0] {
+        out.skipped.push(
+            Skipped::notice(
+                "consistent-hash tables",
+                format!("have {per_backend} entries per backend, so that all have room"),
+            )
+            .remedy("raise limits.maglev_entries in the configuration"),
+        );
+    }
     let mut work = Work {
+        per_backend,
         desired,
         actual,
         routes,
@@ -136,6 +149,25 @@ pub(super) fn allocate(
         }
     }
     allocator.tables = cache;
+}
+
+/// How many entries per backend all tables together have room for. A quarter stays free for changes
+/// and for extents that rest. Depends on the objects and the limit only, so that nodes agree.
+fn per_backend(desired: &Desired, limit: u32) -> u32 {
+    let room = u64::from(limit) / 4 * 3;
+    let needed = |per_backend: u32| -> u64 {
+        desired
+            .sets
+            .values()
+            .map(|set| maglev::table_size(set.len(), per_backend, desired.maglev.max_size))
+            .map(u64::from)
+            .sum()
+    };
+    let [.., least] = maglev::ENTRIES_PER_BACKEND;
+    maglev::ENTRIES_PER_BACKEND
+        .into_iter()
+        .find(|per_backend| needed(*per_backend) <= room)
+        .unwrap_or(least)
 }
 
 fn candidates(desired: &Desired) -> BTreeMap<&ServicePortName, Candidate<'_>> {
@@ -369,7 +401,7 @@ impl Work<'_> {
                 .map(|position| backends[*position as usize].1)
                 .collect()
         };
-        let full_size = maglev::table_size(count, settings.max_size);
+        let full_size = maglev::table_size(count, self.per_backend, settings.max_size);
         let wanted = entries(full_size);
 
         for extent in &old {
@@ -394,8 +426,8 @@ impl Work<'_> {
                 return Some((extent.offset, entries(extent.size), false));
             }
         }
-        for per_backend in [10, 1] {
-            let size = maglev::table_size_of(count, per_backend);
+        for per_backend in maglev::ENTRIES_PER_BACKEND {
+            let size = maglev::table_size(count, per_backend, settings.max_size);
             if size < full_size
                 && let Some(offset) = self.space.take(size)
             {
