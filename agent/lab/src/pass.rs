@@ -28,6 +28,9 @@ const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
 const PROGRAM: &str = "lab_pass";
 
+/// r0 = XDP_PASS (2); exit. RFC 9669 section 3: opcode, registers, offset, immediate.
+const RETURN_PASS: [u8; 16] = [0xb7, 0, 0, 0, 2, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+
 /// The loaded program; attachments outlive it.
 pub struct PassProgram {
     object: Ebpf,
@@ -39,7 +42,11 @@ impl PassProgram {
     /// # Errors
     /// The kernel has no BPF or the right is missing.
     pub fn load() -> Result<Self, LabError> {
-        let mut object = Ebpf::load(&object()).map_err(|e| LabError::Bpf(chain(&e)))?;
+        Self::load_code(&RETURN_PASS)
+    }
+
+    fn load_code(code: &[u8]) -> Result<Self, LabError> {
+        let mut object = Ebpf::load(&object(code)).map_err(|e| LabError::Bpf(chain(&e)))?;
         let program: &mut Xdp = object
             .program_mut(PROGRAM)
             .ok_or_else(|| LabError::Bpf(format!("no program {PROGRAM} in the object")))?
@@ -107,9 +114,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// A relocatable ELF file (TIS ELF 1.2; e_machine EM_BPF = 247) with the program in section `xdp`.
-fn object() -> Vec<u8> {
-    // r0 = XDP_PASS (2); exit. RFC 9669 section 3: opcode, registers, offset, immediate.
-    let code: [u8; 16] = [0xb7, 0, 0, 0, 2, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+fn object(code: &[u8]) -> Vec<u8> {
     let license = b"GPL\0";
     let names = b"\0lab_pass\0";
     let section_names = b"\0xdp\0license\0.symtab\0.strtab\0.shstrtab\0";
@@ -126,7 +131,7 @@ fn object() -> Vec<u8> {
     type Section<'a> = (u32, u32, u64, &'a [u8], u32, u32, u64);
     let sections: [Section<'_>; 6] = [
         (0, 0, 0, &[], 0, 0, 0),
-        (1, 1, 2 | 4, &code, 0, 0, 0),
+        (1, 1, 2 | 4, code, 0, 0, 0),
         (5, 1, 2, license, 0, 0, 0),
         (13, 2, 0, &symbols, 4, 1, 24),
         (21, 3, 0, names, 0, 0, 0),
@@ -174,3 +179,79 @@ fn object() -> Vec<u8> {
 }
 
 const ELF_HEADER_LEN: u64 = 64;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::plan::{HOST_INTERFACE, UPLINK};
+    use crate::probe::{self, FrameSocket, Packet, Transport};
+    use crate::{Lab, LabContext, LabSpec};
+
+    /// Swaps the MAC addresses and returns XDP_TX.
+    fn reflect() -> Vec<u8> {
+        // opcode, destination register | source register << 4, offset, immediate
+        let instructions: [(u8, u8, i16, i32); 17] = [
+            (0x61, 0x12, 0, 0),  // r2 = data
+            (0x61, 0x13, 4, 0),  // r3 = data_end
+            (0xbf, 0x24, 0, 0),  // r4 = r2
+            (0x07, 0x04, 0, 14), // r4 += 14
+            (0x2d, 0x34, 10, 0), // if r4 > r3 goto r0 = XDP_PASS
+            (0x61, 0x25, 0, 0),  // r5 = bytes 0..4
+            (0x69, 0x26, 4, 0),  // r6 = bytes 4..6
+            (0x61, 0x27, 6, 0),  // r7 = bytes 6..10
+            (0x69, 0x28, 10, 0), // r8 = bytes 10..12
+            (0x63, 0x72, 0, 0),  // bytes 0..4 = r7
+            (0x6b, 0x82, 4, 0),  // bytes 4..6 = r8
+            (0x63, 0x52, 6, 0),  // bytes 6..10 = r5
+            (0x6b, 0x62, 10, 0), // bytes 10..12 = r6
+            (0xb7, 0x00, 0, 3),  // r0 = XDP_TX
+            (0x95, 0x00, 0, 0),  // exit
+            (0xb7, 0x00, 0, 2),  // r0 = XDP_PASS
+            (0x95, 0x00, 0, 0),  // exit
+        ];
+        let mut code = Vec::new();
+        for (opcode, registers, offset, immediate) in instructions {
+            code.extend([opcode, registers]);
+            code.extend(offset.to_ne_bytes());
+            code.extend(immediate.to_ne_bytes());
+        }
+        code
+    }
+
+    /// Whether the client sees its frame again that node1's native program sends back.
+    fn comes_back(fabric_xdp: bool) -> bool {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        // Without servers no executable is needed.
+        let context =
+            LabContext { run_root: dir.path().join("lab"), ..LabContext::new("/nonexistent") };
+        let spec = LabSpec { servers: false, fabric_xdp, ..LabSpec::kernel_only(2, 0) };
+        let lab = Lab::up(&context, &spec).expect("up");
+        let (node, client) = (&lab.plan().nodes[0], &lab.plan().client);
+        let program = PassProgram::load_code(&reflect()).expect("load");
+        program.attach(&node.netns, &[UPLINK.to_owned()]).expect("attach");
+
+        let packet = Packet {
+            source: crate::plan::CLIENT_V4.into(),
+            destination: node.address_v4.into(),
+            ttl: 64,
+            transport: Transport::udp(1, 2),
+            payload: b"there and back".to_vec(),
+        };
+        let frame = probe::frame(client.mac, node.uplink_mac, &packet).expect("legal");
+        let mut socket = FrameSocket::open(&client.netns, HOST_INTERFACE).expect("open");
+        socket.send(&frame).expect("send");
+        let is_it = |bytes: &[u8]| {
+            let seen = probe::inspect(bytes, None);
+            seen.is_ok_and(|seen| seen.source_mac == node.uplink_mac && seen.packet == packet)
+        };
+        socket.receive(Duration::from_secs(1), is_it).expect("receive").is_some()
+    }
+
+    #[test]
+    fn what_a_node_sends_by_xdp_tx_arrives_with_the_fabrics_program_only() {
+        assert!(comes_back(true));
+        assert!(!comes_back(false));
+    }
+}
