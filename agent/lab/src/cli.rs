@@ -15,6 +15,7 @@ use crate::agent::AgentOptions;
 use crate::demo::{self, DemoOptions};
 use crate::lab::summaries;
 use crate::plan::{CLIENT_V4, CLIENT_V6};
+use crate::progress::Progress;
 use crate::serve::ServeArgs;
 use crate::{
     Agent, Family, Lab, LabContext, LabError, LabName, LabSpec, Mode, RpFilter, clean, clean_stale,
@@ -234,6 +235,18 @@ fn obey(args: &LabArgs, context: &LabContext) -> Result<ExitCode, LabError> {
 /// Takes signals and looks whether the machine can run a lab.
 fn ready_machine(context: &LabContext) -> Result<(), LabError> {
     interrupt::install();
+    let stale: Vec<String> = summaries(context)
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|lab| lab.state == "left over")
+        .map(|lab| lab.name)
+        .collect();
+    if !stale.is_empty() {
+        eprintln!(
+            "left over by commands that died: lab {}; `sluice lab down --stale` removes them",
+            stale.join(", ")
+        );
+    }
     let findings = preflight::check(context);
     if findings.is_empty() { Ok(()) } else { Err(LabError::Preflight(findings)) }
 }
@@ -267,13 +280,17 @@ fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     if let (Some(mode), Some(node)) = (mode, spec.nodes.first_mut()) {
         node.agent = Agent::Sluice { mode };
     }
+    let progress = Progress::new("up", context.talk);
+    progress.say("making the lab");
     let mut lab = Lab::up(context, &spec)?;
     if let Some(mode) = mode {
         let objects = args.objects.clone().unwrap_or_else(|| lab.dir().join("objects"));
         let options = AgentOptions { mode, objects, extra_config: String::new() };
+        progress.say("starting sluice run on node1");
         let agent = lab.start_agent("node1", &options)?;
         lab.wait_ready(&agent)?;
     }
+    progress.done();
     match args.output {
         Output::Json => print_json(&UpReport { name: lab.name().as_str(), hosts: hosts(&lab) })?,
         Output::Table => {

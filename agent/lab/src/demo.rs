@@ -18,11 +18,11 @@ use std::time::{Duration, Instant};
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{Cell, Color, ContentArrangement, Table};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::agent::{AgentOptions, Counters, RunningAgent};
 use crate::plan::{CLIENT_V4, CLIENT_V6, NodePlan, UPLINK};
+use crate::progress::Progress;
 use crate::traffic::{self, HostPackets, Protocol, Reply};
 use crate::{Agent, Family, Host, Lab, LabContext, LabError, LabSpec, Mode, interrupt, shop};
 
@@ -144,7 +144,7 @@ pub fn run(context: &LabContext, options: &DemoOptions) -> Result<Report, LabErr
     if let (Some(node), Some(mode)) = (spec.nodes.first_mut(), options.modes.first()) {
         node.agent = Agent::Sluice { mode: *mode };
     }
-    let progress = Progress::new(options.talk);
+    let progress = Progress::new("demo", options.talk);
     progress.say("making the lab: 2 nodes, 16 pods, a client");
     let mut lab = Lab::up(context, &spec)?;
     let objects = lab.dir().join("objects");
@@ -649,60 +649,5 @@ impl Report {
             table.add_row(cells);
         }
         table
-    }
-}
-
-/// A bar on a terminal, lines elsewhere.
-struct Progress {
-    bar: Option<ProgressBar>,
-    talk: bool,
-}
-
-impl Progress {
-    fn new(talk: bool) -> Self {
-        let bar = (talk && std::io::stderr().is_terminal()).then(|| {
-            let bar = ProgressBar::new_spinner();
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
-        Self { bar, talk }
-    }
-
-    /// The number of steps is known now.
-    fn steps(&self, number: usize) {
-        if let Some(bar) = &self.bar {
-            bar.set_length(number as u64);
-            if let Ok(style) =
-                ProgressStyle::with_template("{spinner} [{bar:30}] {pos}/{len} {msg}")
-            {
-                bar.set_style(style);
-            }
-        }
-    }
-
-    fn say(&self, what: &str) {
-        match &self.bar {
-            Some(bar) => bar.set_message(what.to_owned()),
-            None if self.talk => eprintln!("demo: {what}"),
-            None => {}
-        }
-    }
-
-    fn step(&self) {
-        if let Some(bar) = &self.bar {
-            bar.inc(1);
-        }
-    }
-
-    fn done(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.done();
     }
 }

@@ -42,6 +42,7 @@ pub mod plan;
 pub mod preflight;
 pub mod probe;
 pub mod process;
+mod progress;
 pub mod serve;
 pub mod shop;
 mod spec;
