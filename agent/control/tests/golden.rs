@@ -44,6 +44,7 @@ cases! {
     opt_out "opt-out",
     remote_by_tunnel "remote-by-tunnel",
     remote_plain "remote-plain",
+    source_ranges "source-ranges",
 }
 
 #[test]

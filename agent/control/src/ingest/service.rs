@@ -14,6 +14,8 @@ pub const OPT_OUT_ANNOTATION: &str = "sluice.dev/opt-out";
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// Label: the Service has no virtual address.
 pub(super) const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Annotation that means the same as `spec.loadBalancerSourceRanges`.
+const SOURCE_RANGES_ANNOTATION: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
 /// Affinity timeout that the API server fills in.
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 /// Longest affinity timeout that the API server admits: one day.
@@ -167,6 +169,26 @@ fn load_balancer_ips(
         .as_ref()
         .and_then(|status| status.load_balancer.as_ref())
         .and_then(|lb| lb.ingress.as_ref());
+    let ranges = object.spec.as_ref().and_then(|s| s.load_balancer_source_ranges.as_ref());
+    let annotations = object.metadata.annotations.as_ref();
+    let field = if ranges.is_some_and(|ranges| !ranges.is_empty()) {
+        Some("spec.loadBalancerSourceRanges".to_owned())
+    } else {
+        annotations
+            .is_some_and(|all| all.contains_key(SOURCE_RANGES_ANNOTATION))
+            .then(|| format!("metadata.annotations[{SOURCE_RANGES_ANNOTATION}]"))
+    };
+    if let Some(field) = field
+        && is_load_balancer
+    {
+        // Translating without the filter would open the Service to everybody.
+        skipped.push(
+            subject
+                .notice(field, "LoadBalancer IPs are left to the kernel, which filters sources")
+                .remedy("its other addresses are translated"),
+        );
+        return Vec::new();
+    }
     let mut ips = Vec::new();
     for (i, entry) in ingress.into_iter().flatten().enumerate() {
         let Some(text) = entry.ip.as_deref().filter(|ip| !ip.is_empty()) else {
