@@ -161,10 +161,7 @@ pub struct PodNet {
 
 impl PodNet {
     /// Matches nothing.
-    pub const NONE: Self = Self {
-        net: Addr([0xff; 16]),
-        mask: Addr::NONE,
-    };
+    pub const NONE: Self = Self { net: Addr([0xff; 16]), mask: Addr::NONE };
 
     /// Whether `addr` is inside.
     #[inline(always)]
@@ -219,13 +216,12 @@ impl Vtep {
     /// datagram must not be fragmentable (RFC 6864 section 4.1, atomic datagrams).
     pub const OUTER_FRAGMENT: Be16 = Be16::new(0x4000);
 
-    /// [`Vtep::ip_sum`] of an outer IPv4 header (RFC 791 section 3.1): version 4, a header of five words,
-    /// type of service 0, identification 0, [`Vtep::OUTER_FRAGMENT`], [`Vtep::OUTER_HOP_LIMIT`],
-    /// UDP, and both addresses. Missing are total length and what a sender adds to these words.
+    /// [`Vtep::ip_sum`] of an outer IPv4 header (RFC 791 section 3.1): identification 0,
+    /// [`Vtep::OUTER_FRAGMENT`], [`Vtep::OUTER_HOP_LIMIT`], UDP, and both addresses. Missing are the
+    /// first word, which carries the inner packet's ECN bits (RFC 6040), and the total length.
     pub const fn outer_ip_sum(local: Addr, remote: Addr) -> u16 {
         let (l, r) = (local.v4_bytes(), remote.v4_bytes());
         let words = [
-            [0x45, 0],
             Self::OUTER_FRAGMENT.raw().to_ne_bytes(),
             [Self::OUTER_HOP_LIMIT, crate::IPPROTO_UDP],
             [l[0], l[1]],

@@ -420,3 +420,64 @@ pub(crate) fn backend_tuple(backend: &Backend) -> Option<Tuple> {
         protocol: Protocol::from_number(backend.proto)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_abi::{Addr, IPPROTO_UDP, Mac};
+
+    fn vtep(pod_cidrs: &[&str]) -> Vtep {
+        let name = VtepName { vni: 7, remote: [192, 0, 2, 2].into() };
+        let desired = DesiredVtep {
+            local: [192, 0, 2, 1].into(),
+            port: 8472,
+            remote_mac: Mac([2, 0, 0, 0, 0, 2]),
+            local_mac: Mac([2, 0, 0, 0, 0, 1]),
+            tunnel: TunnelName { vni: 7, ifindex: 4 },
+            pod_cidrs: pod_cidrs.iter().filter_map(|net| net.parse().ok()).collect(),
+            node: None,
+        };
+        vtep_value(&name, &desired, 3, 1)
+    }
+
+    /// The header as the datapath writes it: the table's sum, the first word, the total length.
+    #[test]
+    fn vtep_sum_completes_to_a_right_outer_header_checksum() {
+        let vtep = vtep(&[]);
+        let (ecn, total_len) = (2u8, 1450u16);
+        let fold = |mut sum: u32| {
+            while sum > 0xffff {
+                sum = (sum & 0xffff) + (sum >> 16);
+            }
+            sum as u16
+        };
+        let first = u16::from_ne_bytes([0x45, ecn]);
+        let length = u16::from_ne_bytes(total_len.to_be_bytes());
+        let checksum = !fold(u32::from(vtep.ip_sum) + u32::from(first) + u32::from(length));
+        let mut header = [0u8; 20];
+        header[0] = 0x45;
+        header[1] = ecn;
+        header[2..4].copy_from_slice(&total_len.to_be_bytes());
+        header[6] = 0x40;
+        header[8] = 64;
+        header[9] = IPPROTO_UDP;
+        header[10..12].copy_from_slice(&checksum.to_ne_bytes());
+        header[12..16].copy_from_slice(&[192, 0, 2, 1]);
+        header[16..20].copy_from_slice(&[192, 0, 2, 2]);
+        let words = header.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])));
+        assert_eq!(fold(words.sum()), 0xffff);
+    }
+
+    #[test]
+    fn vtep_holds_vni_as_on_the_wire_and_masks_of_both_families() {
+        let vtep = vtep(&["10.244.2.0/23", "fd00:244:2::/64"]);
+        assert_eq!(vtep.vni.raw().to_ne_bytes(), [0, 0, 7, 0]);
+        let inside = |text: &str| {
+            let addr: IpAddr = text.parse().expect("literal");
+            vtep.pod_nets.iter().any(|net| net.contains(addr.into()))
+        };
+        assert!(inside("10.244.3.255") && inside("fd00:244:2::9"));
+        assert!(!inside("10.244.4.0") && !inside("fd00:244:3::9"));
+        assert!(!vtep.pod_nets.iter().any(|net| net.contains(Addr([0xff; 16]))));
+    }
+}
