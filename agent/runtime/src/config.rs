@@ -497,7 +497,7 @@ impl Config {
             ("maps.vtep_sources", self.maps.vtep_sources),
             ("maps.nexthops", self.maps.nexthops),
         ] {
-            if value < 2 || value > (1 << 28) {
+            if !(2..=1 << 28).contains(&value) {
                 return fail(
                     key,
                     value.to_string(),

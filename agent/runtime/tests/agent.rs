@@ -120,7 +120,7 @@ impl Instance {
 
     /// Waits until `holds`; what it looked at last is the message.
     fn until(&self, command: &str, holds: impl Fn(&Value) -> bool) -> Value {
-        let patience = Instant::now() + Duration::from_secs(60);
+        let patience = Instant::now() + Duration::from_secs(30);
         loop {
             let value = self.json(command);
             if holds(&value) {
@@ -132,7 +132,12 @@ impl Instance {
     }
 
     fn until_ready(&self, agent: &Agent) -> Value {
-        self.until("status", |s| s["ready"] == true && s["pid"] == agent.0.id())
+        let process = format!("/proc/{}/stat", agent.0.id());
+        self.until("status", |s| {
+            let stat = std::fs::read_to_string(&process).unwrap_or_default();
+            assert!(!stat.contains(") Z "), "the agent ended");
+            s["ready"] == true && s["pid"] == agent.0.id()
+        })
     }
 }
 

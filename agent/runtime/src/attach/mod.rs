@@ -9,17 +9,17 @@
 //! not ours is never touched. Leaving is not detaching: links and maps are pinned.
 
 mod bpffs;
+mod detach;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
     LinkOrder, ProgramError, ProgramInfo, SchedClassifier, TcAttachType, TestRun, TestRunOptions,
-    Xdp, XdpMode, loaded_links, loaded_programs,
+    Xdp, XdpMode, loaded_programs,
 };
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_obj::programs::XdpAttachType;
@@ -54,7 +54,7 @@ pub enum AttachError {
         source: Box<EbpfError>,
     },
     /// The kernel does not take a program.
-    #[error("load program {name}: {}; what runs already keeps running", causes(source))]
+    #[error("load program {name}: {}; what runs already keeps running", verifier(source))]
     Program {
         /// Which program.
         name: &'static str,
@@ -75,6 +75,20 @@ pub enum AttachError {
         /// The system's answer.
         source: std::io::Error,
     },
+}
+
+/// The end of the verifier's words is what matters; all of them are some megabytes.
+fn verifier(error: &ProgramError) -> String {
+    const LINES: usize = 12;
+    let text = causes(error);
+    let lines: Vec<&str> = text.lines().collect();
+    match lines.len().checked_sub(LINES) {
+        Some(skip) if skip > 0 => {
+            let first = lines.first().copied().unwrap_or_default();
+            format!("{first}\n...\n{}", lines[skip..].join("\n"))
+        }
+        _ => text,
+    }
 }
 
 /// A way of running XDP, or none.
@@ -304,7 +318,9 @@ impl Attacher {
     /// attached stays: its links are taken over.
     pub fn try_refused_again(&mut self) {
         self.interfaces.retain(|_, attached| {
-            attached.mode != Rung::None && attached.tc_ingress && attached.tc_egress
+            attached.mode != Rung::None
+                && attached.tc_egress
+                && (attached.tc_ingress || attached.role == Role::Tunnel)
         });
     }
 
@@ -378,12 +394,17 @@ impl Attacher {
             (TC_INGRESS, TcAttachType::Ingress, &mut attached.tc_ingress),
             (TC_EGRESS, TcAttachType::Egress, &mut attached.tc_egress),
         ] {
+            // What XDP hands to the vxlan device carries its mark on; there it must not be handed
+            // over once more.
+            if role == Role::Tunnel && name == TC_INGRESS {
+                continue;
+            }
             match self.attach_tc(link, name, side) {
                 Ok(()) => *done = true,
                 Err(refusal) => attached.refusals.push(refusal),
             }
         }
-        if attached.mode == Rung::None && attached.tc_ingress {
+        if attached.mode == Rung::None && (attached.tc_ingress || attached.tc_egress) {
             attached.mode = Rung::Tc;
         }
         attached
@@ -729,35 +750,18 @@ pub fn link_pins(dir: &Path) -> Vec<(PathBuf, String)> {
         .collect()
 }
 
-/// How long a link may take to go after its pin: the kernel frees it after an RCU grace period.
-const LINK_GOES: Duration = Duration::from_secs(2);
-
-/// Removes the pins and waits until their links are gone, so that nothing of ours is attached any
-/// more when this returns.
+/// Detaches and unpins, so that nothing of ours is attached any more when this returns.
 fn remove_links(pins: &[PathBuf]) -> Result<(), AttachError> {
-    let mut ids = BTreeSet::new();
     for path in pins {
-        if let Ok(pinned) = PinnedLink::from_pin(path)
-            && let Ok(info) = FdLink::from(pinned).info()
-        {
-            ids.insert(info.id());
+        match detach::detach(path) {
+            Ok(()) => {}
+            Err(e) => tracing::debug!("{}: detach: {e}", path.display()),
         }
         match std::fs::remove_file(path) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(source) => return Err(AttachError::Unpin { path: path.clone(), source }),
         }
-    }
-    let patience = Instant::now() + LINK_GOES;
-    while !ids.is_empty() && Instant::now() < patience {
-        let there: BTreeSet<u32> = loaded_links().flatten().map(|l| l.id()).collect();
-        ids.retain(|id| there.contains(id));
-        if !ids.is_empty() {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-    if !ids.is_empty() {
-        tracing::warn!("links {ids:?} are unpinned, but somebody else holds them");
     }
     Ok(())
 }

@@ -5,8 +5,8 @@
 
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowRecord, FlowSet, Frontend, FrontendKey, Hook, MAX_TUNNELS,
-    NextHop, Pod, ReasonCounter, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, MAX_TUNNELS, NextHop, Pod,
+    ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 use super::{MapsError, Pins};
@@ -52,7 +52,7 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, NextHop>(maps::NEXTHOP, Array, sizes.nexthops),
         shape::<u32, FlowSet>(maps::FLOW, Array, sizes.flow_sets),
         shape::<u32, u32>(maps::FLOW_LOCK, Array, maps::FLOW_LOCKS),
-        shape::<u32, FlowRecord>(maps::SCRATCH, PerCpuArray, 1),
+        shape::<u32, Scratch>(maps::SCRATCH, PerCpuArray, 1),
         shape::<u32, SnatSlot>(maps::SNAT, Array, maps::SNAT_SLOTS),
         shape::<u32, ReasonCounter>(maps::REASON, PerCpuArray, reasons),
         shape::<u32, ServiceCounter>(maps::SERVICE_STAT, PerCpuArray, sizes.services),
