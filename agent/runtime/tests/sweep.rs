@@ -1,0 +1,178 @@
+//! Laws of forgetting connections, on the kernel's own maps. Needs root.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+#[expect(dead_code, reason = "one harness for several suites")]
+mod node;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aya::maps::{Array, Map, MapData};
+use node::{Node, in_namespace};
+use sluice::attach::Attacher;
+use sluice::maps::{FlowTable, Pins, Plain};
+use sluice::sweep::{Sweeper, forget_udp};
+use sluice_abi::{
+    FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, Timeouts, flow_state, maps,
+};
+
+const TIMEOUTS: Timeouts = Timeouts {
+    tcp_syn: 60,
+    tcp_established: 7200,
+    tcp_closing: 10,
+    udp_oneway: 30,
+    udp_replied: 120,
+    stamp: 1,
+    redecide: 60,
+    reserved: 0,
+};
+const NOW: u32 = 100_000;
+const PORTS: (u16, u16) = (16_384, 16_400);
+
+/// The maps of a loaded object.
+struct Tables {
+    pins: Pins,
+    flows: FlowTable,
+    _programs: Attacher,
+}
+
+impl Tables {
+    fn new(node: &Node) -> Self {
+        let programs = Attacher::load(&node.pin_dir, &node.maps()).unwrap();
+        let pins = programs.pins().clone();
+        Self { flows: pins.flows().unwrap(), pins, _programs: programs }
+    }
+
+    fn array<T>(&self, name: &str) -> Array<MapData, Plain<T>>
+    where
+        Plain<T>: aya::Pod,
+    {
+        let data = MapData::from_pin(self.pins.map_path(name)).unwrap();
+        Array::try_from(Map::from_map_data(data).unwrap()).unwrap()
+    }
+
+    fn put(&self, set: u32, records: &[FlowRecord]) {
+        let mut value = FlowSet::default();
+        for (way, record) in records.iter().enumerate() {
+            value.tags[way] = 1 + 2 * way as u32;
+            value.records[way] = *record;
+        }
+        self.array(maps::FLOW).set(set, Plain(value), 0).unwrap();
+    }
+
+    fn put_slot(&self, index: u32, slot: SnatSlot) {
+        self.array(maps::SNAT).set(index, Plain(slot), 0).unwrap();
+    }
+
+    fn left(&self) -> Vec<(u32, u32)> {
+        self.flows.iter().map(|f| (f.set, f.way)).collect()
+    }
+
+    fn slots(&self) -> Vec<u32> {
+        self.flows.slots(PORTS.0, PORTS.1).map(|(index, _)| index).collect()
+    }
+}
+
+fn record(proto: u8, state: u32, age: u32) -> FlowRecord {
+    FlowRecord { proto, state, seen: NOW - age, ..FlowRecord::default() }
+}
+
+#[test]
+fn silent_connections_are_forgotten_and_others_stay() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
+        tables.put(
+            1,
+            &[
+                record(IPPROTO_UDP, 0, 31),
+                record(IPPROTO_UDP, 0, 29),
+                record(IPPROTO_TCP, flow_state::REPLIED, 7000),
+                record(IPPROTO_TCP, flow_state::REPLIED | flow_state::RESET, 11),
+            ],
+        );
+        tables.put(3, &[record(IPPROTO_TCP, 0, 61)]);
+        assert_eq!(tables.left().len(), 5);
+        let swept = Sweeper::default().pass(&tables.flows, &TIMEOUTS, NOW, PORTS);
+        assert_eq!((swept.used, swept.freed), (5, 3));
+        assert_eq!(tables.left(), [(1, 1), (1, 2)]);
+    });
+}
+
+#[test]
+fn snat_slot_goes_with_its_connection_and_never_without_cause() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
+        let first = u32::from(PORTS.0) * maps::SNAT_SLOTS_PER_PORT;
+        let with = |age, slot: u32| FlowRecord { snat: slot + 1, ..record(IPPROTO_UDP, 0, age) };
+        tables.put(2, &[with(31, first), with(1, first + 1)]);
+        tables.put_slot(first, SnatSlot::owned(2, 0));
+        tables.put_slot(first + 1, SnatSlot::owned(2, 1));
+        // A slot whose record was lost, and one that a decision has just taken.
+        tables.put_slot(first + 2, SnatSlot::owned(3, 5));
+        tables.put_slot(first + 3, SnatSlot::CLAIMED);
+        let mut sweeper = Sweeper::default();
+        let swept = sweeper.pass(&tables.flows, &TIMEOUTS, NOW, PORTS);
+        assert_eq!((swept.freed, swept.orphans), (1, 0));
+        assert_eq!(tables.slots(), [first + 1, first + 2, first + 3]);
+        // What looks the same at the next pass was no decision in progress.
+        let swept = sweeper.pass(&tables.flows, &TIMEOUTS, NOW, PORTS);
+        assert_eq!((swept.freed, swept.orphans), (0, 2));
+        assert_eq!(tables.slots(), [first + 1]);
+    });
+}
+
+#[test]
+fn place_with_another_owner_is_not_freed() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
+        tables.put(0, &[record(IPPROTO_UDP, 0, 31)]);
+        let seen = tables.flows.iter().next().unwrap();
+        // Meanwhile a program gave the place away.
+        let mut value = FlowSet::default();
+        value.tags[0] = 77;
+        tables.array(maps::FLOW).set(0, Plain(value), 0).unwrap();
+        assert!(!tables.flows.free(&seen));
+        assert_eq!(tables.left(), [(0, 0)]);
+    });
+}
+
+#[test]
+fn udp_of_a_removed_endpoint_ends_and_tcp_lives_on() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
+        let to = |proto, service, backend_id| FlowRecord {
+            service,
+            backend_id,
+            ..record(proto, flow_state::REPLIED, 1)
+        };
+        tables.put(
+            0,
+            &[
+                to(IPPROTO_UDP, 1, 10),
+                to(IPPROTO_UDP, 1, 11),
+                to(IPPROTO_TCP, 1, 10),
+                to(IPPROTO_UDP, 2, 10),
+                to(IPPROTO_UDP, 3, 12),
+            ],
+        );
+        // Service 1 lost backend 10; service 3 is gone; service 2 was not touched.
+        let valid = BTreeMap::from([(1, BTreeSet::from([11])), (3, BTreeSet::new())]);
+        assert_eq!(forget_udp(&tables.flows, &valid), 2);
+        assert_eq!(tables.left(), [(0, 1), (0, 2), (0, 3)]);
+    });
+}
+
+#[test]
+fn consistent_hash_entries_are_read_as_they_were_written() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
+        let mut maglev = tables.pins.maglev().unwrap();
+        assert_eq!(maglev.len(), 4096);
+        assert!(maglev.write(4090, &[1, 2, 3, 4, 5, 6]));
+        assert!(!maglev.write(4095, &[1, 2]), "beyond the end");
+        assert_eq!(maglev.read(4090, 6), [1, 2, 3, 4, 5, 1]);
+        // The kernel sees the same.
+        let array = tables.array::<u32>(maps::MAGLEV);
+        assert_eq!(array.get(&4093, 0).unwrap().0, 4);
+    });
+}
