@@ -109,11 +109,9 @@ impl core::fmt::Debug for Be32 {
 #[derive(
     Clone,
     Copy,
-    PartialEq,
     Eq,
     PartialOrd,
     Ord,
-    Hash,
     Default,
     FromBytes,
     IntoBytes,
@@ -135,6 +133,24 @@ impl Mac {
     pub const fn is_zero(self) -> bool {
         let b = self.0;
         b[0] | b[1] | b[2] | b[3] | b[4] | b[5] == 0
+    }
+}
+
+// Words, not bytes: a comparison of byte arrays goes through memory, and the programs have 512
+// bytes of it.
+impl PartialEq for Mac {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let [a, b, c, d, e, f] = self.0;
+        let [p, q, r, s, t, u] = other.0;
+        u32::from_ne_bytes([a, b, c, d]) == u32::from_ne_bytes([p, q, r, s])
+            && u16::from_ne_bytes([e, f]) == u16::from_ne_bytes([t, u])
+    }
+}
+
+impl core::hash::Hash for Mac {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
     }
 }
 
@@ -167,11 +183,9 @@ pub enum Family {
 #[derive(
     Clone,
     Copy,
-    PartialEq,
     Eq,
     PartialOrd,
     Ord,
-    Hash,
     Default,
     FromBytes,
     IntoBytes,
@@ -189,9 +203,7 @@ impl Addr {
     /// The v4-mapped form of four bytes in network order.
     #[inline(always)]
     pub const fn from_v4(b: [u8; 4]) -> Self {
-        Self([
-            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, b[0], b[1], b[2], b[3],
-        ])
+        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, b[0], b[1], b[2], b[3]])
     }
 
     /// The last four bytes: the IPv4 address of a v4-mapped one.
@@ -213,23 +225,13 @@ impl Addr {
     /// Two machine words in memory order; for comparison and hashing only.
     #[inline(always)]
     pub const fn words64(self) -> [u64; 2] {
-        let b = self.0;
-        [
-            u64::from_ne_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
-            u64::from_ne_bytes([b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]]),
-        ]
+        zerocopy::transmute!(self.0)
     }
 
     /// Four machine words in memory order; for comparison, hashing and checksums.
     #[inline(always)]
     pub const fn words32(self) -> [u32; 4] {
-        let b = self.0;
-        [
-            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
-            u32::from_ne_bytes([b[8], b[9], b[10], b[11]]),
-            u32::from_ne_bytes([b[12], b[13], b[14], b[15]]),
-        ]
+        zerocopy::transmute!(self.0)
     }
 
     /// Whether this is [`Addr::NONE`].
@@ -248,6 +250,20 @@ impl Addr {
             }
             Family::V6 => IpAddr::V6(Ipv6Addr::from_octets(self.0)),
         }
+    }
+}
+
+impl PartialEq for Addr {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let (a, b) = (self.words64(), other.words64());
+        (a[0] ^ b[0]) | (a[1] ^ b[1]) == 0
+    }
+}
+
+impl core::hash::Hash for Addr {
+    fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
     }
 }
 
@@ -278,13 +294,7 @@ mod tests {
 
     #[test]
     fn addr_keeps_family_and_value_both_ways() {
-        for text in [
-            "10.0.0.1",
-            "255.255.255.255",
-            "0.0.0.0",
-            "2001:db8::1",
-            "fe80::1",
-        ] {
+        for text in ["10.0.0.1", "255.255.255.255", "0.0.0.0", "2001:db8::1", "fe80::1"] {
             let ip: IpAddr = text.parse().expect("literal");
             assert_eq!(Addr::from(ip).to_ip(), ip);
         }

@@ -133,8 +133,10 @@ pub struct FlowRecord {
     pub created: u32,
     /// Index into `sl_snat_v1` plus one, 0 without SNAT.
     pub snat: u32,
+    /// How long the record lives without packets in its present state, in jiffies.
+    pub timeout: u32,
     /// Zero; room for growth.
-    pub reserved2: [u32; 9],
+    pub reserved2: [u32; 8],
 }
 
 /// Value of `sl_flow_v1`: sixteen connections. 3,136 bytes.
@@ -153,11 +155,44 @@ pub struct FlowSet {
 
 impl Default for FlowSet {
     fn default() -> Self {
-        Self {
-            tags: [0; FLOW_WAYS],
-            records: [FlowRecord::default(); FLOW_WAYS],
-        }
+        Self { tags: [0; FLOW_WAYS], records: [FlowRecord::default(); FLOW_WAYS] }
     }
+}
+
+/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 256 bytes: what a decision needs beyond the
+/// stack's 512 bytes. Nothing in it outlives a packet.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Scratch {
+    /// The record that is being put together.
+    pub draft: FlowRecord,
+    /// Best candidate so far in the search for room. Kept in memory, where the verifier does not
+    /// follow values: sixteen candidates of five kinds would else be 5^16 states to it.
+    pub best: u64,
+    /// The question that `draft` is to answer.
+    pub ask: Ask,
+    /// Zero; room for growth.
+    pub reserved: [u64; 4],
+}
+
+/// What a decision needs to know beside the draft's tuple, tunnel and way back. 24 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Ask {
+    /// The record to be decided anew, 0 for a new flow.
+    pub renew: SnatSlot,
+    /// TCP control bits of the packet; 0 for UDP.
+    pub tcp_flags: u32,
+    /// 1 if the client is a pod or a node of the cluster.
+    pub in_cluster: u32,
+    /// 1 if backends on other nodes answer to us, so that the source is rewritten.
+    pub snat: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Value of `sl_snat_v1`: which record owns a SNAT port towards a group of backends. 8 bytes.
@@ -194,6 +229,7 @@ impl SnatSlot {
 
 const _: () = {
     assert!(size_of::<FlowRecord>() == 192);
+    assert!(size_of::<Scratch>() == 256);
     assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
     assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
     assert!(core::mem::offset_of!(FlowRecord, source) == 128);

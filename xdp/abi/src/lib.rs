@@ -28,7 +28,8 @@ mod tables;
 pub use addr::{Addr, Be16, Be32, Family, Mac};
 pub use counters::{BackendCounter, Hook, ReasonCounter, ServiceCounter};
 pub use flow::{
-    Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SnatSlot, flow_state, record_flags,
+    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Scratch, SnatSlot, flow_state,
+    record_flags,
 };
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
 pub use settings::{MAX_TUNNELS, Seeds, Settings, Timeouts, settings_flags};

@@ -24,6 +24,8 @@ pub const SETTINGS: &str = "sl_settings_v1";
 pub const FLOW: &str = "sl_flow_v1";
 /// ARRAY of `bpf_spin_lock`, one per [`FLOW_LOCKS`] residue of the set index. Programs only.
 pub const FLOW_LOCK: &str = "sl_flowlock_v1";
+/// PERCPU_ARRAY of one [`crate::Scratch`]: room for a decision. Programs only.
+pub const SCRATCH: &str = "sl_scratch_v1";
 /// ARRAY (mmapable) u32 → [`crate::SnatSlot`]. Programs write, the agent's sweep frees.
 pub const SNAT: &str = "sl_snat_v1";
 /// PERCPU_ARRAY → [`crate::ReasonCounter`].
@@ -34,7 +36,7 @@ pub const SERVICE_STAT: &str = "sl_svcstat_v1";
 pub const BACKEND_STAT: &str = "sl_bestat_v1";
 
 /// All maps, in the order in which user space creates and checks them.
-pub const ALL: [&str; 15] = [
+pub const ALL: [&str; 16] = [
     SETTINGS,
     FRONTEND,
     MAGLEV,
@@ -46,6 +48,7 @@ pub const ALL: [&str; 15] = [
     NEXTHOP,
     FLOW,
     FLOW_LOCK,
+    SCRATCH,
     SNAT,
     REASON,
     SERVICE_STAT,

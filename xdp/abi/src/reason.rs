@@ -54,6 +54,11 @@ macro_rules! reasons {
         ];
 
         impl Reason {
+            #[inline(always)]
+            const fn of(number: u32) -> Self {
+                match number { $($number => Reason::$name,)+ _ => Reason::TableBroken }
+            }
+
             /// The verdict that the reason stands for.
             #[inline(always)]
             pub const fn kind(self) -> VerdictKind {
@@ -106,6 +111,12 @@ reasons! {
 }
 
 impl Reason {
+    /// The reason of a number; `TableBroken` if there is none.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        if number < REASONS.len() as u32 { Self::of(number) } else { Reason::TableBroken }
+    }
+
     /// The row of the table.
     pub const fn info(self) -> &'static ReasonInfo {
         &REASONS[self as usize]

@@ -1,14 +1,103 @@
-//! The BPF programs of Sluice.
+//! The BPF programs of Sluice: thin shells around `sluice-datapath`.
+//!
+//! | program      | hook | attached to                                                     |
+//! |--------------|------|-----------------------------------------------------------------|
+//! | `xdp_node`   | XDP  | uplinks                                                         |
+//! | `tc_ingress` | TC   | uplinks (receives what XDP handed over), host sides of pods     |
+//! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
+//! | `xdp_pass`   | XDP  | the far end of a veth that must receive redirected frames       |
+//! | `xdp_clock`  | –    | run by the agent only: how long is a jiffy?                     |
+//!
+//! What may stand here: map statics, packet pointers, helper calls. No packet logic.
 #![no_std]
 #![no_main]
 
-use aya_ebpf::{bindings::xdp_action::XDP_PASS, macros::xdp, programs::XdpContext};
+mod kernel;
+mod maps;
+mod skb;
+mod trap;
+mod xdp;
+
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX};
+use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
+use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use kernel::Kernel;
+use sluice_datapath::verdict::Action;
+use sluice_datapath::{ingress, tc};
+
+/// `BPF_F_INGRESS` (kernel include/uapi/linux/bpf.h).
+const BPF_F_INGRESS: u64 = 1;
+/// "Go on": the next program of the chain decides (TCX_NEXT, TC_ACT_UNSPEC).
+const TC_NEXT: i32 = -1;
+
+/// Ingress of an uplink.
+#[xdp]
+pub fn xdp_node(ctx: XdpContext) -> u32 {
+    let mut frame = xdp::XdpFrame::new(ctx.ctx);
+    match ingress::xdp(&Kernel, &mut frame).action {
+        Action::Pass | Action::Receive(_) => XDP_PASS,
+        Action::Drop => XDP_DROP,
+        Action::Transmit => XDP_TX,
+        Action::Redirect(ifindex) => {
+            // SAFETY: no memory is passed.
+            match unsafe { bpf_redirect(ifindex, 0) } as u32 {
+                XDP_REDIRECT => XDP_REDIRECT,
+                _ => XDP_DROP,
+            }
+        }
+    }
+}
+
+/// Ingress of uplinks and of the host sides of pods.
+#[classifier]
+pub fn tc_ingress(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if let Some(ifindex) = frame.hand_over() {
+        // SAFETY: no memory is passed.
+        return unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) } as i32;
+    }
+    if !frame.pull() {
+        return TC_NEXT;
+    }
+    exit(tc::ingress(&Kernel, &mut frame).action)
+}
+
+/// Egress of uplinks, vxlan devices and of the host sides of pods.
+#[classifier]
+pub fn tc_egress(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull() {
+        return TC_NEXT;
+    }
+    exit(tc::egress(&Kernel, &mut frame).action)
+}
+
+#[inline(always)]
+fn exit(action: Action) -> i32 {
+    match action {
+        Action::Pass => TC_NEXT,
+        Action::Drop => TC_ACT_SHOT,
+        // SAFETY: no memory is passed.
+        Action::Redirect(ifindex) => (unsafe { bpf_redirect(ifindex, 0) }) as i32,
+        // SAFETY: no memory is passed.
+        Action::Receive(ifindex) => (unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) }) as i32,
+        Action::Transmit => TC_ACT_OK,
+    }
+}
 
 /// Passes every packet. Attached to the pod's end of a veth pair it makes that end able to receive
 /// redirected frames.
 #[xdp]
 pub fn xdp_pass(_ctx: XdpContext) -> u32 {
     XDP_PASS
+}
+
+/// The low 31 bits of jiffies, for the agent, which runs it twice to learn how long a jiffy is.
+#[xdp]
+pub fn xdp_clock(_ctx: XdpContext) -> u32 {
+    kernel::jiffies() & 0x7fff_ffff
 }
 
 /// Required by the language; code that reaches it does not pass the build's check of the object.

@@ -1,0 +1,56 @@
+//! The tables and the kernel, as the packet logic knows them.
+
+use crate::access::At;
+use crate::decide::Answer;
+use sluice_abi::{
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, NextHop, Pod, ReasonCounter,
+    Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey,
+};
+
+/// Tables and helpers: maps in the kernel, vectors on the host. `None` is "no such entry".
+pub trait Env {
+    /// A spin lock of the flow table.
+    type Lock: Copy;
+
+    /// The settings.
+    fn settings(&self) -> Option<At<'_, Settings>>;
+    /// Where a Service is reached. # Cost: a hash lookup.
+    fn frontend(&self, key: &FrontendKey) -> Option<At<'_, Frontend>>;
+    /// Entry of a consistent-hash extent: a backend id.
+    fn maglev(&self, index: u32) -> Option<At<'_, u32>>;
+    /// A backend.
+    fn backend(&self, id: u32) -> Option<At<'_, Backend>>;
+    /// A pod of this node. # Cost: a hash lookup.
+    fn pod(&self, addr: &Addr) -> Option<At<'_, Pod>>;
+    /// A tunnel end of another node.
+    fn vtep(&self, index: u32) -> Option<At<'_, Vtep>>;
+    /// Index of the tunnel end that may send from this address. # Cost: a hash lookup.
+    fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>>;
+    /// One of our own tunnels.
+    fn tunnel(&self, index: u32) -> Option<At<'_, Tunnel>>;
+    /// A next hop.
+    fn next_hop(&self, index: u32) -> Option<At<'_, NextHop>>;
+    /// A set of flow records.
+    fn flow_set(&self, index: u32) -> Option<At<'_, FlowSet>>;
+    /// Room of this CPU in which a record is put together (the stack has 512 bytes).
+    fn scratch(&self) -> Option<At<'_, Scratch>>;
+    /// Runs [`answer`](crate::decide::answer) on what stands in the scratch room.
+    fn decide(&self) -> Answer;
+    /// The lock of a set.
+    fn flow_lock(&self, set: u32) -> Option<Self::Lock>;
+    /// Takes a lock; between this and [`Env::unlock`] no other method may be called (the verifier
+    /// refuses helper calls under a lock).
+    fn lock(&self, lock: Self::Lock);
+    /// Gives a lock back.
+    fn unlock(&self, lock: Self::Lock);
+    /// Owner of a SNAT port.
+    fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>>;
+    /// Low 32 bits of jiffies; no clock is read.
+    fn now(&self) -> u32;
+    /// Counter `hook * REASON_SLOTS + reason` of this CPU.
+    fn reason_counter(&self, index: u32) -> Option<At<'_, ReasonCounter>>;
+    /// Counters of a Service of this CPU.
+    fn service_counter(&self, service: u32) -> Option<At<'_, ServiceCounter>>;
+    /// Counters of a backend of this CPU.
+    fn backend_counter(&self, backend: u32) -> Option<At<'_, BackendCounter>>;
+}

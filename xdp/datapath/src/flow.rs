@@ -1,0 +1,377 @@
+//! The flow table: finding a connection's record from either direction, and making one.
+
+use crate::access::{At, opaque};
+use crate::env::Env;
+use crate::field;
+use crate::hash::{self, FlowHash};
+use sluice_abi::{
+    Addr, Be16, FLOW_WAYS, FlowRecord, FlowSet, IPPROTO_TCP, Scratch, Seeds, Settings, SnatSlot,
+    Timeouts, flow_state, maps,
+};
+
+/// A connection's record, found.
+#[derive(Clone, Copy)]
+pub struct Found<'a> {
+    /// The record.
+    pub record: At<'a, FlowRecord>,
+    /// Its tag, to be compared again when the packet has been translated.
+    pub tag_at: At<'a, u32>,
+    /// The tag's value when the record was found.
+    pub tag: u32,
+    /// What the SNAT table must hold for the record.
+    pub slot: SnatSlot,
+}
+
+impl Found<'_> {
+    /// Whether the record is still the one that was found.
+    #[inline(always)]
+    pub fn is_still_there(&self) -> bool {
+        self.tag_at.get_now() == self.tag
+    }
+
+    /// Ends the connection: both directions at once, because both use this record.
+    #[inline(always)]
+    pub fn end(&self) {
+        self.tag_at.set_now(0);
+    }
+}
+
+/// A packet's five-tuple.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tuple {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Source port.
+    pub src_port: Be16,
+    /// Destination port.
+    pub dst_port: Be16,
+    /// IP protocol number.
+    pub proto: u8,
+}
+
+impl Tuple {
+    /// The tuple of a record's requests.
+    #[inline(always)]
+    pub fn of_request(r: At<'_, FlowRecord>) -> Self {
+        Self {
+            src: field!(r, FlowRecord, client).get(),
+            dst: field!(r, FlowRecord, vip).get(),
+            src_port: field!(r, FlowRecord, client_port).get(),
+            dst_port: field!(r, FlowRecord, vip_port).get(),
+            proto: field!(r, FlowRecord, proto).get(),
+        }
+    }
+
+    /// The tuple of a record's replies, as the backend sends them.
+    #[inline(always)]
+    pub fn of_reply(r: At<'_, FlowRecord>) -> Self {
+        Self {
+            src: field!(r, FlowRecord, backend).get(),
+            dst: field!(r, FlowRecord, source).get(),
+            src_port: field!(r, FlowRecord, backend_port).get(),
+            dst_port: field!(r, FlowRecord, source_port).get(),
+            proto: field!(r, FlowRecord, proto).get(),
+        }
+    }
+}
+
+#[inline(always)]
+fn is_request(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
+    field!(r, FlowRecord, client_port).get() == t.src_port
+        && field!(r, FlowRecord, vip_port).get() == t.dst_port
+        && field!(r, FlowRecord, client).get() == t.src
+        && field!(r, FlowRecord, vip).get() == t.dst
+        && field!(r, FlowRecord, proto).get() == t.proto
+}
+
+#[inline(always)]
+fn is_reply(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
+    field!(r, FlowRecord, source_port).get() == t.dst_port
+        && field!(r, FlowRecord, backend_port).get() == t.src_port
+        && field!(r, FlowRecord, source).get() == t.dst
+        && field!(r, FlowRecord, backend).get() == t.src
+        && field!(r, FlowRecord, proto).get() == t.proto
+}
+
+#[inline(always)]
+fn check<'a>(
+    set: At<'a, FlowSet>,
+    index: u32,
+    way: u32,
+    tag: u32,
+    matches: impl Fn(At<'a, FlowRecord>) -> bool,
+) -> Option<Found<'a>> {
+    let seen = field!(set, FlowSet, tags).element(way).get_now();
+    if seen != tag {
+        return None;
+    }
+    // Adds zero, in a way that the verifier cannot know: seventeen hits at seventeen constant
+    // places would each be followed to the program's end; one at an unknown place is followed once.
+    let way = way + (opaque(seen as u64) as u32 ^ tag);
+    let record = field!(set, FlowSet, records).element(way);
+    if !matches(record) {
+        return None;
+    }
+    let tag_at = field!(set, FlowSet, tags).element(way);
+    Some(Found { record, tag_at, tag, slot: SnatSlot::owned(index, way & 0xf) })
+}
+
+#[inline(always)]
+fn search<'a>(
+    set: At<'a, FlowSet>,
+    index: u32,
+    hash: FlowHash,
+    matches: impl Fn(At<'a, FlowRecord>) -> bool,
+) -> Option<Found<'a>> {
+    // A record sits in its home way unless another had it: one comparison, most of the time.
+    if let Some(found) = check(set, index, hash.home(), hash.tag(), &matches) {
+        return Some(found);
+    }
+    for way in 0..FLOW_WAYS as u32 {
+        if let Some(found) = check(set, index, way, hash.tag(), &matches) {
+            return Some(found);
+        }
+    }
+    None
+}
+
+/// The set that a client's connections are in.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// The set.
+    pub set: At<'a, FlowSet>,
+    /// Its index.
+    pub index: u32,
+    /// The client's hash.
+    pub hash: FlowHash,
+}
+
+/// Where the connections of `client:port` are.
+#[inline(always)]
+pub fn place<'a, E: Env>(
+    env: &'a E,
+    settings: At<'a, Settings>,
+    client: Addr,
+    port: Be16,
+    proto: u8,
+) -> Option<Place<'a>> {
+    let seeds = field!(settings, Settings, seeds);
+    let hash = FlowHash::new(field!(seeds, Seeds, flow).get(), client, port, proto);
+    let index = hash.set() & field!(settings, Settings, flow_set_mask).get();
+    Some(Place { set: env.flow_set(index)?, index, hash })
+}
+
+/// The record whose request this packet is.
+#[inline(always)]
+pub fn find_request<'a>(place: &Place<'a>, tuple: &Tuple) -> Option<Found<'a>> {
+    search(place.set, place.index, place.hash, |r| is_request(r, tuple))
+}
+
+/// The record whose reply this packet is, if the client's address was kept.
+#[inline(always)]
+pub fn find_reply<'a>(place: &Place<'a>, tuple: &Tuple) -> Option<Found<'a>> {
+    search(place.set, place.index, place.hash, |r| is_reply(r, tuple))
+}
+
+/// The record whose reply this packet is, if the source was rewritten: found by the SNAT port.
+#[inline(always)]
+pub fn find_snat_reply<'a, E: Env>(
+    env: &'a E,
+    settings: At<'a, Settings>,
+    tuple: &Tuple,
+) -> Option<Found<'a>> {
+    let port = tuple.dst_port.host();
+    if port < field!(settings, Settings, snat_first_port).get()
+        || port > field!(settings, Settings, snat_last_port).get()
+    {
+        return None;
+    }
+    let slot =
+        env.snat(snat_index(port, hash::snat_group(tuple.src, tuple.src_port, tuple.proto)))?.get();
+    let (index, way) = slot.owner()?;
+    let found = at(env, index, way)?;
+    is_reply(found.record, tuple).then_some(found)
+}
+
+#[inline(always)]
+fn snat_index(port: u16, group: u32) -> u32 {
+    port as u32 * maps::SNAT_SLOTS_PER_PORT + group % maps::SNAT_SLOTS_PER_PORT
+}
+
+/// A SNAT port that this decision owns until it writes its record or gives it back.
+#[derive(Clone, Copy)]
+pub struct Claim {
+    /// The port.
+    pub port: Be16,
+    /// Index into `sl_snat_v1`.
+    pub index: u32,
+}
+
+/// Ports tried before the source is called exhausted. With 70 % of the ports taken, one connection
+/// in 90,000 is refused.
+const SNAT_TRIES: u32 = 32;
+
+/// Takes a free SNAT port towards a backend, beginning at a place that depends on the connection:
+/// after a loss of all state the same connection gets the same port again, if it is free.
+#[inline(always)]
+pub fn claim_snat<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    draft: At<'_, FlowRecord>,
+    start: u32,
+) -> Option<Claim> {
+    let reply = Tuple::of_reply(draft);
+    let group = hash::snat_group(reply.src, reply.src_port, reply.proto);
+    let first = field!(settings, Settings, snat_first_port).get() as u32;
+    let last = field!(settings, Settings, snat_last_port).get() as u32;
+    let ports = last.wrapping_sub(first).wrapping_add(1) & 0x1_ffff;
+    for attempt in 0..SNAT_TRIES {
+        // A multiplicative step: neighbours in time do not queue up behind each other.
+        let offset = hash::scale(start.wrapping_add(attempt.wrapping_mul(0x9e37_79b9)), ports);
+        let port = (first + offset) as u16;
+        let index = snat_index(port, group);
+        let slot = env.snat(index)?;
+        if slot.replace_slot(SnatSlot::FREE, SnatSlot::CLAIMED) {
+            return Some(Claim { port: Be16::new(port), index });
+        }
+    }
+    None
+}
+
+impl At<'_, SnatSlot> {
+    /// Replaces `old` by `new` if the slot still is `old`.
+    #[inline(always)]
+    pub fn replace_slot(self, old: SnatSlot, new: SnatSlot) -> bool {
+        self.part(0, |s: &SnatSlot| &s.0).replace_if(old.0, new.0)
+    }
+}
+
+/// The record at a place of the table, unless it is free.
+#[inline(always)]
+pub fn at<E: Env>(env: &E, index: u32, way: u32) -> Option<Found<'_>> {
+    let set = env.flow_set(index)?;
+    let tag_at = field!(set, FlowSet, tags).element(way);
+    let tag = tag_at.get_now();
+    let record = field!(set, FlowSet, records).element(way);
+    (tag != 0).then_some(Found { record, tag_at, tag, slot: SnatSlot::owned(index, way) })
+}
+
+/// What came of an insertion.
+#[derive(Clone, Copy)]
+pub enum Inserted {
+    /// The record is in the table.
+    New {
+        /// Where it is.
+        slot: SnatSlot,
+        /// SNAT index plus one of the record that had to give way, 0 for none.
+        freed: u32,
+    },
+    /// Another CPU was first: its record counts.
+    Other(SnatSlot),
+    /// Sixteen live connections of other clients, all replied to.
+    Full,
+}
+
+/// How long a record in this state lives without packets, in jiffies.
+#[inline(always)]
+pub fn timeout(timeouts: At<'_, Timeouts>, proto: u8, state: u32) -> u32 {
+    let replied = state & flow_state::REPLIED != 0;
+    if proto == IPPROTO_TCP {
+        let fins = flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
+        if state & flow_state::RESET != 0 || state & fins == fins {
+            field!(timeouts, Timeouts, tcp_closing).get()
+        } else if replied {
+            field!(timeouts, Timeouts, tcp_established).get()
+        } else {
+            field!(timeouts, Timeouts, tcp_syn).get()
+        }
+    } else if replied {
+        field!(timeouts, Timeouts, udp_replied).get()
+    } else {
+        field!(timeouts, Timeouts, udp_oneway).get()
+    }
+}
+
+/// Bits of a candidate's rank, in falling order of how gladly its place is taken. Below them stand
+/// its age and its way.
+mod rank {
+    /// Nobody's.
+    pub const FREE: u32 = 43;
+    /// Silent for longer than its timeout.
+    pub const EXPIRED: u32 = 42;
+    /// Never replied to.
+    pub const UNREPLIED: u32 = 41;
+    /// Of the same client: who fills a set can only harm itself.
+    pub const SAME_CLIENT: u32 = 40;
+}
+
+/// 1 if `x` is zero, without a branch.
+#[inline(always)]
+fn is_zero(x: u64) -> u64 {
+    opaque((opaque(x | x.wrapping_neg()) >> 63) ^ 1)
+}
+
+/// 1 if `a` is below `b`, without a branch.
+#[inline(always)]
+fn is_below(a: u32, b: u32) -> u64 {
+    opaque(opaque((a as u64).wrapping_sub(b as u64)) >> 63)
+}
+
+/// How gladly the place of record `way` is taken: larger is gladder; no bit of [`rank`]: never.
+#[inline(always)]
+fn rank_of(set: At<'_, FlowSet>, way: u32, client: Addr, now: u32) -> u64 {
+    let tag = field!(set, FlowSet, tags).element(way).get_now();
+    let r = field!(set, FlowSet, records).element(way);
+    let age = now.wrapping_sub(field!(r, FlowRecord, seen).get());
+    let timeout = field!(r, FlowRecord, timeout).get();
+    let replied = (field!(r, FlowRecord, state).get() & flow_state::REPLIED) as u64;
+    let (a, b) = (field!(r, FlowRecord, client).get().words64(), client.words64());
+    is_zero(tag as u64) << rank::FREE
+        | is_below(timeout, age) << rank::EXPIRED
+        | (replied ^ 1) << rank::UNREPLIED
+        | is_zero((a[0] ^ b[0]) | (a[1] ^ b[1])) << rank::SAME_CLIENT
+        | (age as u64) << 4
+        | way as u64
+}
+
+/// Writes a record, unless another CPU has written one for the same connection.
+#[inline(always)]
+pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> Inserted {
+    let Some(lock) = env.flow_lock(place.index % maps::FLOW_LOCKS) else {
+        return Inserted::Full;
+    };
+    let home = place.hash.home();
+    let new = field!(scratch, Scratch, draft);
+    let now = field!(new, FlowRecord, seen).get();
+    let tuple = Tuple::of_request(new);
+    env.lock(lock);
+    if let Some(other) = find_request(place, &tuple) {
+        env.unlock(lock);
+        return Inserted::Other(other.slot);
+    }
+    let best = field!(scratch, Scratch, best);
+    best.set(rank_of(place.set, home, tuple.src, now));
+    if best.get() >> rank::FREE == 0 {
+        for way in 0..FLOW_WAYS as u32 {
+            let candidate = rank_of(place.set, way, tuple.src, now);
+            if candidate > best.get() {
+                best.set(candidate);
+            }
+        }
+    }
+    if best.get() >> rank::SAME_CLIENT == 0 {
+        env.unlock(lock);
+        return Inserted::Full;
+    }
+    let way = best.get() as u32 & 0xf;
+    let tag_at = field!(place.set, FlowSet, tags).element(way);
+    let record = field!(place.set, FlowSet, records).element(way);
+    let freed = if tag_at.get_now() == 0 { 0 } else { field!(record, FlowRecord, snat).get() };
+    tag_at.set_now(0);
+    record.copy_from(new);
+    tag_at.set_now(place.hash.tag());
+    env.unlock(lock);
+    Inserted::New { slot: SnatSlot::owned(place.index, way), freed }
+}

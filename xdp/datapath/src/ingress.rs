@@ -1,0 +1,315 @@
+//! XDP ingress of an uplink: the whole way of a packet on one page.
+
+use crate::access::{At, Frame, View};
+use crate::account::account;
+use crate::decide::{self, Decided, Origin};
+use crate::env::Env;
+use crate::field;
+use crate::flow::{self, Found};
+use crate::parse::{self, Ip, Transport};
+use crate::replay::{self, Departure, Located, Rewrite};
+use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
+use crate::wire::{Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan};
+use sluice_abi::{
+    Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
+    Settings, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
+};
+
+/// Ethernet, UDP and VXLAN headers: the outer headers without the IP header.
+const OUTER_OVERHEAD: usize = size_of::<Ethernet>() + size_of::<Udp>() + size_of::<Vxlan>();
+
+/// Decides and handles one frame, and counts it.
+#[inline(always)]
+pub fn xdp<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+    let bytes = frame.view().len() as u64;
+    let verdict = match way(env, frame) {
+        Ok(verdict) => verdict,
+        Err(stop) => stop.into(),
+    };
+    account(env, Hook::Xdp, &verdict, bytes);
+    verdict
+}
+
+#[inline(always)]
+fn way<E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
+    let settings = env.settings().ok_or(Reason::TableBroken)?;
+    if field!(settings, Settings, flags).get() & settings_flags::BYPASS != 0 {
+        return Err(Reason::Bypass.into());
+    }
+    let departure = plan(env, settings, frame.view(), frame.ingress_ifindex())?;
+    replay::leave(frame, &departure)
+}
+
+/// Everything but the head's move.
+#[inline(always)]
+fn plan<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    view: View<'_>,
+    ifindex: u32,
+) -> Step<Departure<'e>> {
+    let (eth, ip) = parse::ethernet(view)?;
+    if field!(eth, Ethernet, dst).get().is_group() {
+        return Err(Reason::Group.into());
+    }
+    let outer = parse::transport(view, &ip)?;
+    let mut packet = Located { outer: eth, eth, ip, cut: 0 };
+    let mut transport = outer;
+    let mut tunnel = 0;
+    if ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst) {
+        let payload = parse::payload(view, &ip);
+        let (index, vtep) = source(env, settings, &ip, payload)?;
+        let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
+        packet = inside(eth, &ip, inner, vtep)?;
+        if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
+            return deliver(env, settings, inner, &packet, pod, index);
+        }
+        transport = parse::transport(inner, &packet.ip)?;
+        tunnel = index;
+    }
+    let ifindex = if tunnel == 0 { ifindex } else { 0 };
+    let origin = Origin { tunnel, in_cluster: tunnel != 0, snat: true, ifindex, eth };
+    serve(env, settings, &packet, &transport, &origin)
+}
+
+#[inline(always)]
+fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
+    let ports = field!(settings, Settings, vxlan_ports);
+    port == ports.element(0).get() || port == ports.element(1).get()
+}
+
+/// The tunnel end that sent a VXLAN packet to us.
+///
+/// # Errors
+/// `VxlanFlags`, `ForeignTunnel`, `UnknownVtepPassed` (pass); `VxlanMalformed`, `UnknownVtep`
+/// (drop).
+#[inline(always)]
+fn source<'a, E: Env>(
+    env: &'a E,
+    settings: At<'a, Settings>,
+    ip: &Ip<'_>,
+    payload: View<'_>,
+) -> Step<(u32, At<'a, Vtep>)> {
+    let header = payload.skip(size_of::<Udp>()).at::<Vxlan>().ok_or(Reason::VxlanMalformed)?;
+    let header = header.get();
+    if header.flags.host() & FLAG_VNI == 0 {
+        return Err(Reason::VxlanFlags.into());
+    }
+    let vni = Be32::new(header.vni.host() & VNI_MASK);
+    let Some(index) = env.vtep_source(&VtepKey { source: ip.l3.src(), vni }) else {
+        return Err(stranger(env, settings, ip, vni).into());
+    };
+    let index = index.get();
+    let vtep = env.vtep(index).ok_or(Reason::TableBroken)?;
+    if field!(vtep, Vtep, local).get() != ip.l3.dst() {
+        return Err(Reason::ForeignTunnel.into());
+    }
+    Ok((index, vtep))
+}
+
+/// A VXLAN packet from nobody we know: is it for one of our tunnels at all?
+#[inline(always)]
+fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32) -> Reason {
+    for index in 1..MAX_TUNNELS {
+        if let Some(tunnel) = env.tunnel(index)
+            && field!(tunnel, Tunnel, vni).get() == vni
+            && field!(tunnel, Tunnel, local).get() == ip.l3.dst()
+        {
+            let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
+            return if replace { Reason::UnknownVtep } else { Reason::UnknownVtepPassed };
+        }
+    }
+    Reason::ForeignTunnel
+}
+
+/// The packet inside, if it is the tunnel end's to send.
+///
+/// # Errors
+/// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `InnerSource`
+/// (drop).
+#[inline(always)]
+fn inside<'f>(
+    outer_eth: At<'f, Ethernet>,
+    outer: &Ip<'f>,
+    view: View<'f>,
+    vtep: At<'_, Vtep>,
+) -> Step<Located<'f>> {
+    if view.at::<Ethernet>().is_none() {
+        return Err(Reason::VxlanMalformed.into());
+    }
+    let (eth, ip) = parse::ethernet(view)?;
+    let dst = field!(eth, Ethernet, dst).get();
+    if dst.is_group() {
+        return Err(Reason::Group.into());
+    }
+    if dst != field!(vtep, Vtep, local_mac).get() {
+        return Err(Reason::InnerNotLocal.into());
+    }
+    if !is_from(vtep, &ip) {
+        return Err(Reason::InnerSource.into());
+    }
+    let cut = (outer.l3.header_len() + OUTER_OVERHEAD) as u32;
+    Ok(Located { outer: outer_eth, eth, ip, cut })
+}
+
+/// Whether the inner source is in the VTEP's pod CIDRs.
+#[inline(always)]
+fn is_from(vtep: At<'_, Vtep>, ip: &Ip<'_>) -> bool {
+    let nets = field!(vtep, Vtep, pod_nets);
+    let src = ip.l3.src();
+    for i in 0..4 {
+        if nets.element(i).get().contains(src) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Decapsulates for a pod of this node.
+#[inline(always)]
+fn deliver<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    view: View<'_>,
+    packet: &Located<'_>,
+    pod: At<'e, Pod>,
+    vtep: u32,
+) -> Step<Departure<'e>> {
+    // What TC translates back at the pod's interface must pass there; redirected frames do not.
+    let redirect = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16
+        && !is_tc_reply(env, settings, view, packet);
+    let door = replay::open_pod(env, pod, redirect, packet, vtep)?;
+    if door.takes_hop() {
+        replay::take_hop(&packet.ip);
+    }
+    let inside = replay::address(&door, packet, None, Be16::new(0));
+    let (reason, owner) = (Reason::DecapLocal, Owner::NONE);
+    Ok(Departure { door, cut: packet.cut, inside, reason, owner })
+}
+
+/// Whether the packet is the reply to a request that TC translated.
+#[inline(always)]
+fn is_tc_reply<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    view: View<'_>,
+    packet: &Located<'_>,
+) -> bool {
+    let Ok(transport) = parse::transport(view, &packet.ip) else { return false };
+    let Some(scratch) = env.scratch() else { return false };
+    decide::stash(scratch, &packet.ip, &transport);
+    let tuple = decide::stashed(scratch);
+    let place = flow::place(env, settings, tuple.dst, tuple.dst_port, tuple.proto);
+    place.is_some_and(|place| flow::find_reply(&place, &decide::stashed(scratch)).is_some())
+}
+
+/// A packet that may be a request to a Service or the reply to one.
+#[inline(always)]
+fn serve<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    packet: &Located<'_>,
+    transport: &Transport<'_>,
+    origin: &Origin<'_>,
+) -> Step<Departure<'e>> {
+    let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+    decide::stash(scratch, &packet.ip, transport);
+    let place = flow::place(env, settings, packet.ip.l3.src(), transport.src, packet.ip.proto)
+        .ok_or(Reason::TableBroken)?;
+    let port = place.hash.outer_port();
+    let request = match flow::find_request(&place, &decide::stashed(scratch)) {
+        Some(found) => known(env, found, origin)?,
+        None => None,
+    };
+    let (decided, direction) = if let Some(found) = request
+        && !decide::is_stale(env, settings, &found)
+    {
+        (Decided { found, new: false }, Direction::Forward)
+    } else if request.is_none()
+        && let Some(found) = flow::find_snat_reply(env, settings, &decide::stashed(scratch))
+    {
+        (Decided { found, new: false }, Direction::Reply)
+    } else {
+        let decided = decide::ask(env, scratch, transport.flags, origin, request);
+        (decided.map_err(|stop| nobodys(stop, origin))?, Direction::Forward)
+    };
+    replay_flow(env, settings, packet, transport, &decided, direction, origin, port)
+}
+
+/// "No Service" has another name for what came out of a tunnel.
+#[inline(always)]
+fn nobodys(stop: Stop, origin: &Origin<'_>) -> Stop {
+    if stop.reason == Reason::NoService && origin.tunnel != 0 {
+        return Reason::InnerNotLocal.into();
+    }
+    stop
+}
+
+/// A record that a request found: still good, or none if the connection has ended.
+///
+/// # Errors
+/// `TunnelChanged` (drop).
+#[inline(always)]
+fn known<'e, E: Env>(env: &'e E, found: Found<'e>, origin: &Origin<'_>) -> Step<Option<Found<'e>>> {
+    let r = found.record;
+    if field!(r, FlowRecord, tunnel).get() != origin.tunnel {
+        let service = field!(r, FlowRecord, service).get();
+        return Err(Stop { reason: Reason::TunnelChanged, service });
+    }
+    if field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0 {
+        let index = field!(r, FlowRecord, snat).get().wrapping_sub(1);
+        if env.snat(index).is_none_or(|slot| slot.get() != found.slot) {
+            // The way back is gone, so the way there ends too: both or none.
+            found.end();
+            return Ok(None);
+        }
+    }
+    Ok(Some(found))
+}
+
+/// Replays a record on a packet of either direction.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "one step of one packet; a struct would only rename")]
+fn replay_flow<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    packet: &Located<'_>,
+    transport: &Transport<'_>,
+    decided: &Decided<'e>,
+    direction: Direction,
+    origin: &Origin<'_>,
+    port: Be16,
+) -> Step<Departure<'e>> {
+    let found = &decided.found;
+    let r = found.record;
+    let owner = Owner {
+        service: field!(r, FlowRecord, service).get(),
+        backend: field!(r, FlowRecord, backend_id).get(),
+        direction,
+        new_flow: decided.new,
+    };
+    let stop = |s: Stop| Stop { service: owner.service, ..s };
+    let is_reply = direction == Direction::Reply;
+    let (exit, rewrite) = if is_reply {
+        (field!(r, FlowRecord, reply), Rewrite::reply(r))
+    } else {
+        (field!(r, FlowRecord, forward), Rewrite::request(r))
+    };
+    let door = replay::open(env, exit, packet, origin.tunnel).map_err(stop)?;
+    rewrite.write(&packet.ip, transport, door.takes_hop());
+    rewrite.write_checksum(packet.ip.proto, transport);
+    let inside = replay::address(&door, packet, Some(transport), port);
+    replay::touch(env, settings, found, transport.flags, is_reply);
+    if !found.is_still_there() {
+        return Err(stop(Reason::FlowChanged.into()));
+    }
+    let remote = field!(exit, Exit, kind).get() >= ExitKind::Tunnel as u8;
+    let reason = match (is_reply, packet.cut != 0, remote) {
+        (true, _, _) => Reason::ReplyRemote,
+        (false, false, false) => Reason::DnatLocal,
+        (false, false, true) => Reason::DnatRemote,
+        (false, true, false) => Reason::DecapDnatLocal,
+        (false, true, true) => Reason::DecapDnatRemote,
+    };
+    Ok(Departure { door, cut: packet.cut, inside, reason, owner })
+}

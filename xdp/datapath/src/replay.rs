@@ -1,0 +1,382 @@
+//! Replays a flow's record on a packet. The only module that writes packet bytes, and only after
+//! everything that could end the packet's way has been asked.
+
+use crate::access::{At, Frame};
+use crate::csum::{Sum, negate, update, update_udp};
+use crate::decide::port_delta;
+use crate::encap::{self, Inside};
+use crate::env::Env;
+use crate::field;
+use crate::flow::{self, Found};
+use crate::parse::{Ip, L3, Transport};
+use crate::verdict::{Action, Owner, Step, Stop, Verdict};
+use crate::wire::{Ethernet, Ipv4, Ipv6, Ports, TCP_FIN, TCP_RST, Tcp, Udp};
+use sluice_abi::{
+    Addr, Be16, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod, Reason,
+    Settings, Timeouts, Tunnel, Vtep, flow_state,
+};
+
+/// A parsed packet inside its frame.
+#[derive(Clone, Copy)]
+pub struct Located<'a> {
+    /// The outermost Ethernet header.
+    pub outer: At<'a, Ethernet>,
+    /// The innermost Ethernet header.
+    pub eth: At<'a, Ethernet>,
+    /// The innermost IP packet.
+    pub ip: Ip<'a>,
+    /// Bytes in front of the innermost Ethernet header: outer headers to be cut off, or 0.
+    pub cut: u32,
+}
+
+/// New addresses and ports of one direction: places in the flow's record, and the differences.
+#[derive(Clone, Copy)]
+pub struct Rewrite<'e> {
+    src: At<'e, Addr>,
+    dst: At<'e, Addr>,
+    ports: Ports,
+    addresses: u16,
+    transport: u16,
+}
+
+impl<'e> Rewrite<'e> {
+    /// What a request becomes.
+    #[inline(always)]
+    pub fn request(r: At<'e, FlowRecord>) -> Self {
+        Self {
+            src: field!(r, FlowRecord, source),
+            dst: field!(r, FlowRecord, backend),
+            ports: Ports {
+                src: field!(r, FlowRecord, source_port).get(),
+                dst: field!(r, FlowRecord, backend_port).get(),
+            },
+            addresses: field!(r, FlowRecord, ip_delta).get(),
+            transport: field!(r, FlowRecord, l4_delta).get(),
+        }
+    }
+
+    /// What a reply becomes.
+    #[inline(always)]
+    pub fn reply(r: At<'e, FlowRecord>) -> Self {
+        Self {
+            src: field!(r, FlowRecord, vip),
+            dst: field!(r, FlowRecord, client),
+            ports: Ports {
+                src: field!(r, FlowRecord, vip_port).get(),
+                dst: field!(r, FlowRecord, client_port).get(),
+            },
+            addresses: negate(field!(r, FlowRecord, ip_delta).get()),
+            transport: negate(field!(r, FlowRecord, l4_delta).get()),
+        }
+    }
+
+    /// Writes addresses and ports; the IPv4 header checksum follows. With `hop` the packet takes
+    /// one hop (RFC 1812 section 5.3.1).
+    #[inline(always)]
+    pub fn write(&self, ip: &Ip<'_>, transport: &Transport<'_>, hop: bool) {
+        match ip.l3 {
+            L3::V4(at) => {
+                let mut sum = Sum(self.addresses as u64);
+                if hop {
+                    field!(at, Ipv4, ttl).set(ip.hop_limit.wrapping_sub(1));
+                    sum = sum.sub16(Be16::new(0x0100).raw());
+                }
+                let checksum = field!(at, Ipv4, checksum);
+                checksum.set(Be16::from_raw(update(checksum.get().raw(), sum.fold())));
+                field!(at, Ipv4, src).set(self.src.get().v4_bytes());
+                field!(at, Ipv4, dst).set(self.dst.get().v4_bytes());
+            }
+            L3::V6(at) => {
+                if hop {
+                    field!(at, Ipv6, hop_limit).set(ip.hop_limit.wrapping_sub(1));
+                }
+                field!(at, Ipv6, src).copy_from(self.src);
+                field!(at, Ipv6, dst).copy_from(self.dst);
+            }
+        }
+        transport.ports.set(self.ports);
+    }
+
+    /// Updates the transport checksum in place (XDP: the packet's bytes are all there is).
+    #[inline(always)]
+    pub fn write_checksum(&self, proto: u8, transport: &Transport<'_>) {
+        let old = transport.checksum.get().raw();
+        let new = if proto == IPPROTO_UDP {
+            update_udp(old, self.transport)
+        } else {
+            update(old, self.transport)
+        };
+        transport.checksum.set(Be16::from_raw(new));
+    }
+
+    /// Updates the transport checksum through the frame, which knows whether it is still to be
+    /// filled in (TC: CHECKSUM_PARTIAL). Places in the packet are void afterwards.
+    #[inline(always)]
+    pub fn frame_checksum<F: Frame>(&self, frame: &mut F, proto: u8, l3_len: usize) -> bool {
+        let offset = size_of::<Ethernet>() + l3_len + checksum_offset(proto);
+        let ports = port_delta(self.transport, self.addresses);
+        frame.transport_checksum(offset, self.addresses, ports, proto == IPPROTO_UDP)
+    }
+}
+
+#[inline(always)]
+fn checksum_offset(proto: u8) -> usize {
+    if proto == IPPROTO_TCP {
+        core::mem::offset_of!(Tcp, checksum)
+    } else {
+        core::mem::offset_of!(Udp, checksum)
+    }
+}
+
+/// One hop without translation.
+#[inline(always)]
+pub fn take_hop(ip: &Ip<'_>) {
+    match ip.l3 {
+        L3::V4(at) => {
+            field!(at, Ipv4, ttl).set(ip.hop_limit.wrapping_sub(1));
+            let checksum = field!(at, Ipv4, checksum);
+            let delta = Sum::default().sub16(Be16::new(0x0100).raw()).fold();
+            checksum.set(Be16::from_raw(update(checksum.get().raw(), delta)));
+        }
+        L3::V6(at) => field!(at, Ipv6, hop_limit).set(ip.hop_limit.wrapping_sub(1)),
+    }
+}
+
+/// Which kind of way out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// To the kernel; a decapsulated packet is received by vxlan device `ifindex`, if not 0.
+    Stack,
+    /// Out of `ifindex` with the Ethernet header of `macs`.
+    Frame,
+    /// Into tunnel `vtep`, then as `Frame`.
+    Tunnel,
+}
+
+/// A way out, looked up and found open. Fields beside each other and not an enum with contents:
+/// LLVM merges such contents into one register, and the verifier does not follow a pointer through
+/// a mask ("math between map_value pointer and -4294967296 is not allowed").
+#[derive(Clone, Copy)]
+pub struct Door<'e> {
+    /// Which kind.
+    pub way: Way,
+    /// Interface.
+    pub ifindex: u32,
+    /// Destination MAC; of the outer header for a tunnel.
+    pub dst_mac: Option<At<'e, Mac>>,
+    /// Source MAC; of the outer header for a tunnel.
+    pub src_mac: Option<At<'e, Mac>>,
+    /// The tunnel's end.
+    pub vtep: Option<At<'e, Vtep>>,
+}
+
+impl<'e> Door<'e> {
+    #[inline(always)]
+    fn stack(device: u32) -> Self {
+        Self { way: Way::Stack, ifindex: device, dst_mac: None, src_mac: None, vtep: None }
+    }
+
+    #[inline(always)]
+    fn frame(ifindex: u32, dst: At<'e, Mac>, src: At<'e, Mac>) -> Self {
+        let (dst_mac, src_mac) = (Some(dst), Some(src));
+        Self { way: Way::Frame, ifindex, dst_mac, src_mac, vtep: None }
+    }
+
+    /// Whether we are the router on this way (the kernel is on the other).
+    #[inline(always)]
+    pub fn takes_hop(&self) -> bool {
+        self.way != Way::Stack
+    }
+}
+
+/// Looks a way out up. Nothing has been written yet.
+///
+/// # Errors
+/// `HopLimit`, `TableBroken` (pass); `NextHopUnresolved`, `TooBig` (drop).
+#[inline(always)]
+pub fn open<'e, E: Env>(
+    env: &'e E,
+    exit: At<'e, Exit>,
+    packet: &Located<'_>,
+    tunnel: u32,
+) -> Step<Door<'e>> {
+    let kind = field!(exit, Exit, kind).get();
+    if kind == ExitKind::Stack as u8 {
+        return Ok(Door::stack(if packet.cut == 0 { 0 } else { tunnel_device(env, tunnel) }));
+    }
+    if packet.ip.hop_limit <= 1 {
+        return Err(Reason::HopLimit.into());
+    }
+    let index = field!(exit, Exit, index).get();
+    if kind == ExitKind::Frame as u8 {
+        return Ok(Door::frame(index, field!(exit, Exit, dst_mac), field!(exit, Exit, src_mac)));
+    }
+    let (hop, vtep, size) = if kind == ExitKind::Tunnel as u8 {
+        let vtep = env.vtep(index).ok_or(Reason::TableBroken)?;
+        let outer = encap::outer_len(vtep);
+        (field!(vtep, Vtep, nexthop).get(), Some(vtep), packet.ip.len + outer)
+    } else {
+        (index, None, packet.ip.len)
+    };
+    let hop = env.next_hop(hop).ok_or(Reason::NextHopUnresolved)?;
+    let ifindex = field!(hop, NextHop, ifindex).get();
+    if ifindex == 0 {
+        return Err(Reason::NextHopUnresolved.into());
+    }
+    if size > field!(hop, NextHop, mtu).get() {
+        return Err(Reason::TooBig.into());
+    }
+    let door = Door::frame(ifindex, field!(hop, NextHop, dst_mac), field!(hop, NextHop, src_mac));
+    Ok(Door { way: if vtep.is_some() { Way::Tunnel } else { Way::Frame }, vtep, ..door })
+}
+
+/// The way to a pod of this node.
+///
+/// # Errors
+/// `HopLimit` (pass).
+#[inline(always)]
+pub fn open_pod<'e, E: Env>(
+    env: &'e E,
+    pod: At<'e, Pod>,
+    redirect: bool,
+    packet: &Located<'_>,
+    tunnel: u32,
+) -> Step<Door<'e>> {
+    if !redirect {
+        return Ok(Door::stack(tunnel_device(env, tunnel)));
+    }
+    if packet.ip.hop_limit <= 1 {
+        return Err(Reason::HopLimit.into());
+    }
+    let ifindex = field!(pod, Pod, ifindex).get();
+    Ok(Door::frame(ifindex, field!(pod, Pod, pod_mac), field!(pod, Pod, host_mac)))
+}
+
+/// The kernel's vxlan device behind a VTEP, 0 if there is none.
+#[inline(always)]
+pub fn tunnel_device<E: Env>(env: &E, vtep: u32) -> u32 {
+    let Some(vtep) = env.vtep(vtep) else { return 0 };
+    match env.tunnel(field!(vtep, Vtep, tunnel).get()) {
+        Some(tunnel) => field!(tunnel, Tunnel, ifindex).get(),
+        None => 0,
+    }
+}
+
+/// A packet that is final but for its outer headers. It no longer borrows the frame.
+#[derive(Clone, Copy)]
+pub struct Departure<'e> {
+    /// The way out.
+    pub door: Door<'e>,
+    /// Bytes to be cut off in front.
+    pub cut: u32,
+    /// What outer headers need to know.
+    pub inside: Inside,
+    /// Why the packet goes.
+    pub reason: Reason,
+    /// On whose account.
+    pub owner: Owner,
+}
+
+/// Writes the Ethernet header for a way out, and gathers what outer headers will need.
+#[inline(always)]
+pub fn address(
+    door: &Door<'_>,
+    packet: &Located<'_>,
+    transport: Option<&Transport<'_>>,
+    port: Be16,
+) -> Inside {
+    let (dst, src) = (field!(packet.eth, Ethernet, dst), field!(packet.eth, Ethernet, src));
+    let mut inside = Inside { ip_len: packet.ip.len, port, ecn: 0, sum: 0 };
+    if let Some(vtep) = door.vtep {
+        dst.copy_from(field!(vtep, Vtep, remote_mac));
+        src.copy_from(field!(vtep, Vtep, local_mac));
+        inside.ecn = ecn(&packet.ip);
+        if let Some(transport) = transport
+            && encap::outer_len(vtep) == encap::OUTER_V6
+        {
+            inside.sum = encap::inner_sum(packet.eth, &packet.ip, transport);
+        }
+    } else if let (Some(new_dst), Some(new_src)) = (door.dst_mac, door.src_mac) {
+        dst.copy_from(new_dst);
+        src.copy_from(new_src);
+    } else if packet.cut != 0 && door.ifindex == 0 {
+        // Without a vxlan device the kernel must take the inner frame for one of the uplink's own.
+        dst.copy_from(field!(packet.outer, Ethernet, dst));
+    }
+    inside
+}
+
+/// Sends a packet on its way: the head's one move, and the outer headers.
+///
+/// # Errors
+/// `HeadRoom` (drop).
+#[inline(always)]
+pub fn leave<F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict> {
+    let stop = Stop { reason: Reason::HeadRoom, service: departure.owner.service };
+    let cut = departure.cut as i32;
+    let door = departure.door;
+    let outer = door.vtep.map_or(0, |vtep| encap::outer_len(vtep) as i32);
+    if cut != outer && !frame.adjust_head(cut - outer) {
+        return Err(stop);
+    }
+    if let (Some(vtep), Some(dst), Some(src)) = (door.vtep, door.dst_mac, door.src_mac)
+        && !encap::write(frame, vtep, dst, src, &departure.inside)
+    {
+        return Err(stop);
+    }
+    let action = if door.takes_hop() {
+        out_of(frame, door.ifindex)
+    } else if door.ifindex != 0 && !frame.hand_over_mark(door.ifindex) {
+        return Err(stop);
+    } else {
+        Action::Pass
+    };
+    Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
+}
+
+/// The ECN field (RFC 3168 section 5).
+#[inline(always)]
+fn ecn(ip: &Ip<'_>) -> u8 {
+    match ip.l3 {
+        L3::V4(at) => field!(at, Ipv4, tos).get() & 3,
+        L3::V6(at) => (field!(at, Ipv6, version_class_flow).get().host() >> 20) as u8 & 3,
+    }
+}
+
+#[inline(always)]
+fn out_of<F: Frame>(frame: &F, ifindex: u32) -> Action {
+    if ifindex == frame.ingress_ifindex() { Action::Transmit } else { Action::Redirect(ifindex) }
+}
+
+/// Renews a record's time stamp and state, both only when they change: the established path does
+/// not write.
+#[inline(always)]
+pub fn touch<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    found: &Found<'_>,
+    flags: u8,
+    reply: bool,
+) {
+    let r = found.record;
+    let now = env.now();
+    let seen = field!(r, FlowRecord, seen);
+    let timeouts = field!(settings, Settings, timeouts);
+    if now.wrapping_sub(seen.get()) > field!(timeouts, Timeouts, stamp).get() {
+        seen.set(now);
+    }
+    let mut bits = if reply { flow_state::REPLIED } else { 0 };
+    if flags & TCP_FIN != 0 {
+        bits |= if reply { flow_state::FIN_REPLY } else { flow_state::FIN_FORWARD };
+    }
+    if flags & TCP_RST != 0 {
+        bits |= flow_state::RESET;
+    }
+    let state = field!(r, FlowRecord, state);
+    let old = state.get();
+    if old | bits != old {
+        state.set(old | bits);
+        let proto = field!(r, FlowRecord, proto).get();
+        field!(r, FlowRecord, timeout).set(flow::timeout(timeouts, proto, old | bits));
+    }
+}

@@ -1,0 +1,248 @@
+//! TC: what never passes an uplink's XDP hook. Requests of pods of this node, and replies of
+//! backends on this node.
+//!
+//! ```text
+//!  pod ─► TC ingress of its host side:  request ─► translated, the kernel routes it
+//!                                       reply to a request that skipped the stack ─► skips it too
+//!  stack ─► TC egress (uplink, vxlan device, a pod's host side):  reply ─► translated back
+//! ```
+//!
+//! A request that the stack saw as `client → backend` gets its reply translated behind the stack,
+//! so that conntrack sees the same tuple in both directions.
+
+use crate::access::{At, Frame, View};
+use crate::account::account;
+use crate::decide::{self, Decided, Origin};
+use crate::env::Env;
+use crate::field;
+use crate::flow;
+use crate::parse::{self, Transport};
+use crate::replay::{self, Located, Rewrite};
+use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
+use crate::wire::Ethernet;
+use sluice_abi::{
+    Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, Vtep, record_flags,
+    settings_flags,
+};
+
+/// A translation whose transport checksum is still to be written through the frame.
+struct Pending<'e> {
+    rewrite: Rewrite<'e>,
+    proto: u8,
+    l3_len: usize,
+    verdict: Verdict,
+}
+
+/// TC ingress at the host side of a pod. Packets of anybody else pass.
+#[inline(always)]
+pub fn ingress<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+    run(env, frame, Hook::TcIngress, |env, settings, view, ifindex| {
+        from_pod(env, settings, view, ifindex)
+    })
+}
+
+/// TC egress of uplinks, of the kernel's vxlan devices and of the host sides of pods.
+#[inline(always)]
+pub fn egress<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+    run(env, frame, Hook::TcEgress, |env, settings, view, _| to_client(env, settings, view))
+}
+
+#[inline(always)]
+fn run<'e, E: Env, F: Frame>(
+    env: &'e E,
+    frame: &mut F,
+    hook: Hook,
+    plan: impl FnOnce(&'e E, At<'e, Settings>, View<'_>, u32) -> Step<Pending<'e>>,
+) -> Verdict {
+    let bytes = frame.view().len() as u64;
+    let verdict = match bypass(env) {
+        Ok(settings) => match plan(env, settings, frame.view(), frame.ingress_ifindex()) {
+            Ok(p) => {
+                if p.rewrite.frame_checksum(frame, p.proto, p.l3_len) {
+                    p.verdict
+                } else {
+                    Stop { reason: Reason::FlowChanged, service: p.verdict.owner.service }.into()
+                }
+            }
+            Err(stop) => stop.into(),
+        },
+        Err(stop) => stop.into(),
+    };
+    account(env, hook, &verdict, bytes);
+    verdict
+}
+
+#[inline(always)]
+fn bypass<E: Env>(env: &E) -> Step<At<'_, Settings>> {
+    let settings = env.settings().ok_or(Reason::TableBroken)?;
+    if field!(settings, Settings, flags).get() & settings_flags::BYPASS != 0 {
+        return Err(Reason::Bypass.into());
+    }
+    Ok(settings)
+}
+
+#[inline(always)]
+fn open<'f>(view: View<'f>) -> Step<(Located<'f>, Transport<'f>)> {
+    let (eth, ip) = parse::ethernet(view)?;
+    if field!(eth, Ethernet, dst).get().is_group() {
+        return Err(Reason::Group.into());
+    }
+    Ok((Located { outer: eth, eth, ip, cut: 0 }, parse::transport(view, &ip)?))
+}
+
+#[inline(always)]
+fn owner(r: At<'_, FlowRecord>, direction: Direction, new_flow: bool) -> Owner {
+    Owner {
+        service: field!(r, FlowRecord, service).get(),
+        backend: field!(r, FlowRecord, backend_id).get(),
+        direction,
+        new_flow,
+    }
+}
+
+/// A reply leaves for the client: the VIP becomes its source.
+#[inline(always)]
+fn to_client<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    view: View<'_>,
+) -> Step<Pending<'e>> {
+    let (packet, transport) = open(view)?;
+    let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+    decide::stash(scratch, &packet.ip, &transport);
+    let place = flow::place(env, settings, packet.ip.l3.dst(), transport.dst, packet.ip.proto)
+        .ok_or(Reason::TableBroken)?;
+    let found = flow::find_reply(&place, &decide::stashed(scratch)).ok_or(Reason::NoService)?;
+    let r = found.record;
+    if field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0 {
+        return Err(Reason::NoService.into());
+    }
+    let rewrite = Rewrite::reply(r);
+    rewrite.write(&packet.ip, &transport, false);
+    replay::touch(env, settings, &found, transport.flags, true);
+    let owner = owner(r, Direction::Reply, false);
+    if !found.is_still_there() {
+        return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
+    }
+    let (proto, l3_len) = (packet.ip.proto, packet.ip.l3.header_len());
+    let verdict = Verdict { action: Action::Pass, reason: Reason::ReplyLocal, owner };
+    Ok(Pending { rewrite, proto, l3_len, verdict })
+}
+
+/// A pod of this node sends: a request, or a reply that must skip the stack as its request did.
+#[inline(always)]
+fn from_pod<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    view: View<'_>,
+    ifindex: u32,
+) -> Step<Pending<'e>> {
+    let (packet, transport) = open(view)?;
+    let pod = env.pod(&packet.ip.l3.src()).ok_or(Reason::NoService)?;
+    if field!(pod, Pod, ifindex).get() != ifindex {
+        return Err(Reason::NoService.into());
+    }
+    let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+    decide::stash(scratch, &packet.ip, &transport);
+    match short_cut(env, settings, scratch, &packet, &transport)? {
+        Some(pending) => Ok(pending),
+        None => pod_request(env, settings, scratch, &packet, &transport),
+    }
+}
+
+/// The reply to a request that XDP put into this pod's veth leaves the way that was decided for
+/// it, past the stack.
+#[inline(always)]
+fn short_cut<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    scratch: At<'e, Scratch>,
+    packet: &Located<'_>,
+    transport: &Transport<'_>,
+) -> Step<Option<Pending<'e>>> {
+    let place = flow::place(env, settings, packet.ip.l3.dst(), transport.dst, packet.ip.proto)
+        .ok_or(Reason::TableBroken)?;
+    let Some(found) = flow::find_reply(&place, &decide::stashed(scratch)) else {
+        return Ok(None);
+    };
+    let r = found.record;
+    let forward = way_kind(field!(r, FlowRecord, forward));
+    let Some((ifindex, dst_mac, src_mac)) = reply_way(env, field!(r, FlowRecord, reply)) else {
+        return Ok(None);
+    };
+    if forward != ExitKind::Frame as u8 || packet.ip.hop_limit <= 1 {
+        return Ok(None);
+    }
+    field!(packet.eth, Ethernet, dst).copy_from(dst_mac);
+    field!(packet.eth, Ethernet, src).copy_from(src_mac);
+    let rewrite = Rewrite::reply(r);
+    rewrite.write(&packet.ip, transport, true);
+    replay::touch(env, settings, &found, transport.flags, true);
+    let owner = owner(r, Direction::Reply, false);
+    if !found.is_still_there() {
+        return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
+    }
+    let action = Action::Redirect(ifindex);
+    let verdict = Verdict { action, reason: Reason::ReplyLocal, owner };
+    let (proto, l3_len) = (packet.ip.proto, packet.ip.l3.header_len());
+    Ok(Some(Pending { rewrite, proto, l3_len, verdict }))
+}
+
+/// Interface and Ethernet header of a reply that skips the stack; a tunnel's is the kernel's
+/// vxlan device, which encapsulates by its own tables.
+#[inline(always)]
+fn reply_way<'e, E: Env>(
+    env: &'e E,
+    reply: At<'e, Exit>,
+) -> Option<(u32, At<'e, Mac>, At<'e, Mac>)> {
+    let kind = way_kind(reply);
+    let index = field!(reply, Exit, index).get();
+    if kind == ExitKind::Frame as u8 {
+        return Some((index, field!(reply, Exit, dst_mac), field!(reply, Exit, src_mac)));
+    }
+    if kind != ExitKind::Tunnel as u8 {
+        return None;
+    }
+    let device = replay::tunnel_device(env, index);
+    let vtep = env.vtep(index)?;
+    (device != 0).then_some((device, field!(vtep, Vtep, remote_mac), field!(vtep, Vtep, local_mac)))
+}
+
+/// An [`ExitKind`].
+#[inline(always)]
+fn way_kind(exit: At<'_, Exit>) -> u8 {
+    field!(exit, Exit, kind).get()
+}
+
+/// A pod's request to a Service: translated here, routed by the kernel.
+#[inline(always)]
+fn pod_request<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    scratch: At<'e, Scratch>,
+    packet: &Located<'_>,
+    transport: &Transport<'_>,
+) -> Step<Pending<'e>> {
+    let place = flow::place(env, settings, packet.ip.l3.src(), transport.src, packet.ip.proto)
+        .ok_or(Reason::TableBroken)?;
+    let origin = Origin { tunnel: 0, in_cluster: true, snat: false, ifindex: 0, eth: packet.outer };
+    let request = flow::find_request(&place, &decide::stashed(scratch));
+    let decided = match request {
+        Some(found) if !decide::is_stale(env, settings, &found) => Decided { found, new: false },
+        _ => decide::ask(env, scratch, transport.flags, &origin, request)?,
+    };
+    let found = &decided.found;
+    let rewrite = Rewrite::request(found.record);
+    rewrite.write(&packet.ip, transport, false);
+    replay::touch(env, settings, found, transport.flags, false);
+    let owner = owner(found.record, Direction::Forward, decided.new);
+    if !found.is_still_there() {
+        return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
+    }
+    let forward = way_kind(field!(found.record, FlowRecord, forward));
+    let reason =
+        if forward >= ExitKind::Tunnel as u8 { Reason::DnatRemote } else { Reason::DnatLocal };
+    let verdict = Verdict { action: Action::Pass, reason, owner };
+    let (proto, l3_len) = (packet.ip.proto, packet.ip.l3.header_len());
+    Ok(Pending { rewrite, proto, l3_len, verdict })
+}

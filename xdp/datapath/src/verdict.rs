@@ -1,0 +1,96 @@
+//! What becomes of a packet, and on whose account.
+
+use sluice_abi::{Reason, VerdictKind};
+
+/// The last step with a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Hand to the kernel.
+    Pass,
+    /// Drop.
+    Drop,
+    /// Send out of the interface it came from.
+    Transmit,
+    /// Send out of interface `.0`.
+    Redirect(u32),
+    /// Let interface `.0` receive it (TC only).
+    Receive(u32),
+}
+
+/// Which way a translated packet went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// From the client.
+    Forward,
+    /// From the backend.
+    Reply,
+}
+
+/// Whose counters a packet moves. Service and backend 0 are nobody's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Owner {
+    /// Service id.
+    pub service: u32,
+    /// Backend id.
+    pub backend: u32,
+    /// Direction.
+    pub direction: Direction,
+    /// The packet began a connection.
+    pub new_flow: bool,
+}
+
+impl Owner {
+    /// Nobody.
+    pub const NONE: Self =
+        Self { service: 0, backend: 0, direction: Direction::Forward, new_flow: false };
+}
+
+/// Verdict of one packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verdict {
+    /// The last step.
+    pub action: Action,
+    /// Why.
+    pub reason: Reason,
+    /// On whose account.
+    pub owner: Owner,
+}
+
+impl Verdict {
+    /// The packet was handled.
+    #[inline(always)]
+    pub const fn forward(action: Action, reason: Reason, owner: Owner) -> Self {
+        Self { action, reason, owner }
+    }
+}
+
+/// Why the way through the program ended early: the packet is untouched, or dropped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stop {
+    /// Why.
+    pub reason: Reason,
+    /// Service whose packet it was, 0 if unknown.
+    pub service: u32,
+}
+
+impl From<Reason> for Stop {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self { reason, service: 0 }
+    }
+}
+
+impl From<Stop> for Verdict {
+    /// The one place where a reason becomes PASS or DROP.
+    #[inline(always)]
+    fn from(stop: Stop) -> Self {
+        let action = match stop.reason.kind() {
+            VerdictKind::Drop => Action::Drop,
+            VerdictKind::Pass | VerdictKind::Forward => Action::Pass,
+        };
+        Self { action, reason: stop.reason, owner: Owner { service: stop.service, ..Owner::NONE } }
+    }
+}
+
+/// A step that may end the way.
+pub type Step<T> = Result<T, Stop>;

@@ -1,0 +1,32 @@
+//! IPv6 (RFC 8200 section 3).
+
+use sluice_abi::{Addr, Be16, Be32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// IPv6 header, 40 bytes.
+#[derive(Clone, Copy, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Ipv6 {
+    /// Version (6), traffic class, flow label.
+    pub version_class_flow: Be32,
+    /// Bytes after this header.
+    pub payload_len: Be16,
+    /// Protocol, or the first extension header.
+    pub next_header: u8,
+    /// Hop limit.
+    pub hop_limit: u8,
+    /// Source.
+    pub src: Addr,
+    /// Destination.
+    pub dst: Addr,
+}
+
+/// Fragment header (RFC 8200 section 4.5).
+pub const NEXT_HEADER_FRAGMENT: u8 = 44;
+
+/// Whether `next_header` is an extension header (IANA IPv6 extension header types), the fragment
+/// header apart.
+#[inline(always)]
+pub const fn is_extension_header(next_header: u8) -> bool {
+    matches!(next_header, 0 | 43 | 51 | 60 | 135 | 139 | 140)
+}

@@ -1,0 +1,128 @@
+//! The tables as maps and the helpers of the kernel.
+
+use crate::maps::*;
+use crate::trap;
+use aya_ebpf::bindings::bpf_spin_lock;
+use aya_ebpf::helpers::{bpf_jiffies64, generated};
+use sluice_abi::{
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, NextHop, Pod, ReasonCounter,
+    Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey,
+};
+use sluice_datapath::access::At;
+use sluice_datapath::decide::{self, Answer};
+use sluice_datapath::env::Env;
+
+/// The kernel that runs the program.
+pub struct Kernel;
+
+/// Low 32 bits of jiffies (bpf_jiffies64, inlined by the verifier: no call, no clock).
+#[inline(always)]
+pub fn jiffies() -> u32 {
+    // SAFETY: no memory is passed.
+    unsafe { bpf_jiffies64() as u32 }
+}
+
+/// [`decide::answer`] as a global function, which the verifier checks once and by itself. The
+/// argument is not used; a function without one confuses older verifiers' logs.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sl_decide(_reserved: u32) -> u64 {
+    decide::answer(&Kernel).0
+}
+
+/// A map value as a place.
+macro_rules! at {
+    ($pointer:expr) => {
+        // SAFETY: a non-null pointer from a map lookup is valid until the program returns.
+        $pointer.map(|p| unsafe { At::from_ptr(p) })
+    };
+}
+
+impl Env for Kernel {
+    type Lock = *mut bpf_spin_lock;
+
+    #[inline(always)]
+    fn settings(&self) -> Option<At<'_, Settings>> {
+        at!(sl_settings_v1.get_ptr_mut(0))
+    }
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<At<'_, Frontend>> {
+        at!(sl_frontend_v1.get_ptr_mut(key))
+    }
+    #[inline(always)]
+    fn maglev(&self, index: u32) -> Option<At<'_, u32>> {
+        at!(sl_maglev_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn backend(&self, id: u32) -> Option<At<'_, Backend>> {
+        at!(sl_backend_v1.get_ptr_mut(id))
+    }
+    #[inline(always)]
+    fn pod(&self, addr: &Addr) -> Option<At<'_, Pod>> {
+        at!(sl_pod_v1.get_ptr_mut(addr))
+    }
+    #[inline(always)]
+    fn vtep(&self, index: u32) -> Option<At<'_, Vtep>> {
+        at!(sl_vtep_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>> {
+        at!(sl_vtepsrc_v1.get_ptr_mut(key))
+    }
+    #[inline(always)]
+    fn tunnel(&self, index: u32) -> Option<At<'_, Tunnel>> {
+        at!(sl_tunnel_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn next_hop(&self, index: u32) -> Option<At<'_, NextHop>> {
+        at!(sl_nexthop_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn flow_set(&self, index: u32) -> Option<At<'_, FlowSet>> {
+        at!(sl_flow_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn scratch(&self) -> Option<At<'_, Scratch>> {
+        at!(sl_scratch_v1.get_ptr_mut(0))
+    }
+    #[inline(always)]
+    fn decide(&self) -> Answer {
+        // Never inlined: the verifier takes a global function's result for unknown and goes on.
+        Answer(sl_decide(0))
+    }
+    #[inline(always)]
+    fn flow_lock(&self, set: u32) -> Option<Self::Lock> {
+        sl_flowlock_v1.get_ptr_mut(set).map(|p: *mut FlowLock| p.cast())
+    }
+    #[inline(always)]
+    fn lock(&self, lock: Self::Lock) {
+        trap::decided();
+        // SAFETY: `lock` is a map value's `bpf_spin_lock`.
+        unsafe { generated::bpf_spin_lock(lock) };
+    }
+    #[inline(always)]
+    fn unlock(&self, lock: Self::Lock) {
+        // SAFETY: as in `lock`, which this program holds.
+        unsafe { generated::bpf_spin_unlock(lock) };
+    }
+    #[inline(always)]
+    fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>> {
+        at!(sl_snat_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        jiffies()
+    }
+    #[inline(always)]
+    fn reason_counter(&self, index: u32) -> Option<At<'_, ReasonCounter>> {
+        at!(sl_reason_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn service_counter(&self, service: u32) -> Option<At<'_, ServiceCounter>> {
+        at!(sl_svcstat_v1.get_ptr_mut(service))
+    }
+    #[inline(always)]
+    fn backend_counter(&self, backend: u32) -> Option<At<'_, BackendCounter>> {
+        at!(sl_bestat_v1.get_ptr_mut(backend))
+    }
+}

@@ -1,0 +1,87 @@
+//! A packet at a TC hook.
+
+use crate::xdp::{HAND_OVER_MAGIC, HandOver};
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::helpers::{bpf_l4_csum_replace, bpf_skb_pull_data};
+use sluice_datapath::access::Frame;
+
+/// `BPF_F_PSEUDO_HDR`: the difference is in the pseudo header (kernel include/uapi/linux/bpf.h).
+const BPF_F_PSEUDO_HDR: u64 = 1 << 4;
+/// `BPF_F_MARK_MANGLED_0`: a UDP checksum of zero means none (RFC 768).
+const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
+/// Ethernet, IPv6 and TCP without options: what must lie in the linear part.
+const HEADERS: u32 = 14 + 40 + 20;
+
+/// A packet at a TC hook.
+pub struct SkbFrame(*mut __sk_buff);
+
+impl SkbFrame {
+    /// The packet of a program's context.
+    #[inline(always)]
+    pub fn new(ctx: *mut __sk_buff) -> Self {
+        Self(ctx)
+    }
+
+    /// The interface to which XDP handed this packet, if it did.
+    #[inline(always)]
+    pub fn hand_over(&self) -> Option<u32> {
+        // SAFETY: the context is valid while the program runs.
+        let meta =
+            unsafe { (&raw const (*self.0).data_meta).read_volatile() } as usize as *const u8;
+        if meta.wrapping_add(size_of::<HandOver>()) > self.start().cast_const() {
+            return None;
+        }
+        // SAFETY: `HandOver` lies between `data_meta` and `data`, as was just checked.
+        let mark = unsafe { meta.cast::<HandOver>().read() };
+        (mark.magic == HAND_OVER_MAGIC).then_some(mark.ifindex)
+    }
+
+    /// Makes the headers linear and writable. False if the packet is too odd for that.
+    #[inline(always)]
+    pub fn pull(&mut self) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        let len = unsafe { (&raw const (*self.0).len).read_volatile() };
+        let want = if len < HEADERS { len } else { HEADERS };
+        // SAFETY: as above.
+        unsafe { bpf_skb_pull_data(self.0, want) == 0 }
+    }
+}
+
+// SAFETY: the kernel gives `data..data_end` to the program until the next helper that moves it;
+// those are called only by `&mut self` methods.
+unsafe impl Frame for SkbFrame {
+    #[inline(always)]
+    fn start(&self) -> *mut u8 {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (&raw const (*self.0).data).read_volatile() as usize as *mut u8 }
+    }
+    #[inline(always)]
+    fn end(&self) -> *mut u8 {
+        // SAFETY: as in `start`.
+        unsafe { (&raw const (*self.0).data_end).read_volatile() as usize as *mut u8 }
+    }
+    #[inline(always)]
+    fn adjust_head(&mut self, _delta: i32) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn hand_over_mark(&mut self, _ifindex: u32) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool {
+        let zero = if udp { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let offset = offset as u32;
+        // SAFETY: the context is valid while the program runs. Size 0 in the flags: the third
+        // argument is zero and the fourth is the difference.
+        unsafe {
+            bpf_l4_csum_replace(self.0, offset, 0, addresses as u64, BPF_F_PSEUDO_HDR | zero) == 0
+                && (ports == 0 || bpf_l4_csum_replace(self.0, offset, 0, ports as u64, zero) == 0)
+        }
+    }
+    #[inline(always)]
+    fn ingress_ifindex(&self) -> u32 {
+        // SAFETY: as in `start`.
+        unsafe { (&raw const (*self.0).ifindex).read_volatile() }
+    }
+}
