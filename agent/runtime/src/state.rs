@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use sluice_abi::{Addr, Backend, Settings};
 use sluice_control::model::NextHopFacts;
 use sluice_control::{
-    Allocator, Desired, Held, Limits, MapOp, MapStore, MassRemoval, Names, Skipped, Snapshot,
-    Tables, compile, delta, mass_removal, wanted_next_hops,
+    Allocator, Desired, Held, Limits, MapOp, MapStore, MassRemoval, Names, NodeContext, Skipped,
+    Snapshot, Tables, compile, delta, mass_removal, wanted_next_hops,
 };
 
 use crate::attach::{Attacher, Role, Rung};
@@ -79,6 +79,8 @@ pub struct State {
     allocator: Allocator,
     actual: Option<Tables>,
     names: Names,
+    /// What the tables were compiled from, and what came out: equal input needs no work.
+    input: Option<(Arc<Snapshot>, NodeContext)>,
     desired: Option<Desired>,
     guard: bool,
     held: Option<Held>,
@@ -94,6 +96,7 @@ pub struct State {
     stack_delivery: BTreeMap<String, String>,
     notes: Vec<String>,
     skipped: Vec<Skipped>,
+    unfit: Vec<Skipped>,
     reported: BTreeSet<String>,
     written: Option<Status>,
 }
@@ -142,6 +145,7 @@ impl State {
             allocator,
             actual: None,
             names,
+            input: None,
             desired: None,
             guard: true,
             held: None,
@@ -156,6 +160,7 @@ impl State {
             stack_delivery: BTreeMap::new(),
             notes: Vec::new(),
             skipped: Vec::new(),
+            unfit: Vec::new(),
             reported: BTreeSet::new(),
             written: None,
             config,
@@ -278,7 +283,7 @@ impl State {
     }
 
     /// Tables. Returns the facts that they were made from.
-    fn program(&mut self, snapshot: &Snapshot) -> Result<Facts, StepError> {
+    fn program(&mut self, snapshot: &Arc<Snapshot>) -> Result<Facts, StepError> {
         let mut facts = self.collector.read(&self.config, snapshot)?;
         self.hold_back_redirect(&mut facts);
         let wanted = wanted_next_hops(snapshot, &facts.context);
@@ -292,8 +297,17 @@ impl State {
         self.notes = facts.notes.clone();
         self.stack_delivery = facts.stack_reasons.clone();
         self.update_settings(&facts, snapshot)?;
+        let input = (snapshot.clone(), facts.context.clone());
+        if self.input.as_ref().is_some_and(|(s, c)| Arc::ptr_eq(s, &input.0) && *c == input.1)
+            && self.desired.is_some()
+            && self.actual.is_some()
+        {
+            return Ok(facts);
+        }
         let compiled = compile(snapshot, &facts.context);
         if self.desired.as_ref() == Some(&compiled.desired) && self.actual.is_some() {
+            self.left_out(compiled.skipped);
+            self.input = Some(input);
             return Ok(facts);
         }
         if self.actual.is_none() {
@@ -324,13 +338,6 @@ impl State {
         let seconds = self.started.elapsed().as_secs();
         let allocation = self.allocator.allocate(&compiled.desired, actual, &self.names, seconds);
         let delta = delta(actual, &allocation.tables);
-        self.skipped = self
-            .listed
-            .iter()
-            .chain(&compiled.skipped)
-            .chain(&allocation.skipped)
-            .cloned()
-            .collect();
         if !delta.ops.is_empty() {
             let began = Instant::now();
             let before = service_backends(actual, &delta.ops);
@@ -377,8 +384,17 @@ impl State {
             self.run_dir.write_names(&allocation.names)?;
             self.names = allocation.names;
         }
+        self.unfit = allocation.skipped;
+        self.left_out(compiled.skipped);
         self.desired = Some(compiled.desired);
+        self.input = Some(input);
         Ok(facts)
+    }
+
+    /// Puts together what reading, compiling and allocating left out.
+    fn left_out(&mut self, compiled: Vec<Skipped>) {
+        self.skipped =
+            self.listed.iter().cloned().chain(compiled).chain(self.unfit.iter().cloned()).collect();
     }
 
     /// Takes back redirect delivery to pods whose replies are not taken at TC.

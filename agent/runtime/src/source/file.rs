@@ -4,6 +4,7 @@
 //! gone when no file names it, whatever order the changes came in. A slow poll catches what the
 //! watch missed.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -75,21 +76,28 @@ pub fn watch(
         let (changed, changes) = channel();
         let mut watcher = None;
         let mut last: Option<Result<Listing, SourceError>> = None;
+        let mut seen = None;
+        let mut told = true;
         loop {
-            // Before reading, so that nothing is missed in between; again when the directory
-            // was replaced.
-            if watcher.is_none() || last.as_ref().is_some_and(Result::is_err) {
-                let changed = changed.clone();
-                watcher = start(&dir, move || changed.send(()).is_ok());
-            }
-            let listing = read(&dir);
-            if last.as_ref() != Some(&listing) {
-                if !deliver(listing.clone()) {
-                    return;
+            // What changes after this line differs at the next poll.
+            let now = fingerprint(&dir);
+            if told || now.is_none() || now != seen {
+                // A watch is set up before reading, so that nothing is missed in between; anew where
+                // it did not tell of a change: then the directory itself was replaced.
+                if watcher.is_none() || !told {
+                    let changed = changed.clone();
+                    watcher = start(&dir, move || changed.send(()).is_ok());
                 }
-                last = Some(listing);
+                let listing = read(&dir);
+                if last.as_ref() != Some(&listing) {
+                    if !deliver(listing.clone()) {
+                        return;
+                    }
+                    last = Some(listing);
+                }
+                seen = now;
             }
-            wait(&changes, settle, poll);
+            told = wait(&changes, settle, poll);
         }
     })?;
     Ok(())
@@ -118,16 +126,34 @@ fn start(
     }
 }
 
-/// Returns `settle` after the last change, or after `poll` without one.
-fn wait(changes: &Receiver<()>, settle: Duration, poll: Duration) {
+/// Names, sizes and times of all manifests; `None` where they cannot be had.
+fn fingerprint(dir: &Path) -> Option<Vec<(PathBuf, u64, u64, i64, i64)>> {
+    let mut files = Vec::new();
+    manifests(dir, 0, &mut files).ok()?;
+    files.sort();
+    files
+        .into_iter()
+        .map(|path| {
+            let meta = std::fs::metadata(&path).ok()?;
+            Some((path, meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
+        })
+        .collect()
+}
+
+/// Returns true `settle` after the last reported change, or false after `poll` without one.
+fn wait(changes: &Receiver<()>, settle: Duration, poll: Duration) -> bool {
     match changes.recv_timeout(poll) {
         // Under endless changes the directory is read now and then all the same.
         Ok(()) => {
             let patience = std::time::Instant::now() + settle * 10;
             while changes.recv_timeout(settle).is_ok() && std::time::Instant::now() < patience {}
+            true
         }
-        Err(RecvTimeoutError::Timeout) => {}
-        Err(RecvTimeoutError::Disconnected) => std::thread::sleep(poll),
+        Err(RecvTimeoutError::Timeout) => false,
+        Err(RecvTimeoutError::Disconnected) => {
+            std::thread::sleep(poll);
+            false
+        }
     }
 }
 
