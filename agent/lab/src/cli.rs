@@ -284,7 +284,20 @@ fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
     progress.say("making the lab");
     let mut lab = Lab::up(context, &spec)?;
     if let Some(mode) = mode {
-        let objects = args.objects.clone().unwrap_or_else(|| lab.dir().join("objects"));
+        let objects = match &args.objects {
+            Some(dir) => dir.clone(),
+            None => {
+                let dir = lab.dir().join("objects");
+                std::fs::create_dir_all(&dir)
+                    .map_err(LabError::io(format!("create {}", dir.display())))?;
+                if args.pods.is_some() {
+                    shop::write_nodes(&dir, lab.plan(), &spec)?;
+                } else {
+                    shop::write_objects(&dir, lab.plan(), &spec)?;
+                }
+                dir
+            }
+        };
         let options = AgentOptions { mode, objects, extra_config: String::new() };
         progress.say("starting sluice run on node1");
         let agent = lab.start_agent("node1", &options)?;
