@@ -46,10 +46,17 @@ pub unsafe trait Frame {
     /// Interface on which the packet arrived.
     fn ingress_ifindex(&self) -> u32;
 
+    /// Bytes of the packet. More than `start..end` where a part lies elsewhere (page fragments).
+    #[inline(always)]
+    fn packet_len(&self) -> usize {
+        (self.end() as usize).wrapping_sub(self.start() as usize)
+    }
+
     /// The bytes from the Ethernet header on.
     #[inline(always)]
     fn view(&self) -> View<'_> {
-        View { start: self.start(), end: self.end(), life: PhantomData }
+        let (start, end, len) = (self.start(), self.end(), self.packet_len());
+        View { start, end, len, life: PhantomData }
     }
 }
 
@@ -58,6 +65,7 @@ pub unsafe trait Frame {
 pub struct View<'a> {
     start: *mut u8,
     end: *mut u8,
+    len: usize,
     life: PhantomData<&'a ()>,
 }
 
@@ -75,15 +83,16 @@ impl<'a> View<'a> {
     /// The view from `bytes` further on; may be beyond the end, then [`View::at`] finds nothing.
     #[inline(always)]
     pub fn skip(self, bytes: usize) -> Self {
-        Self { start: self.start.wrapping_add(bytes), ..self }
+        let (start, len) = (self.start.wrapping_add(bytes), self.len.wrapping_sub(bytes));
+        Self { start, len, ..self }
     }
 
-    /// Bytes in the view; wraps if it begins beyond the end, so compare only after an
+    /// Bytes of the packet from the view's first on, those beyond reach included; wraps if it begins beyond the end, so compare only after an
     /// [`View::at`] that succeeded.
     #[inline(always)]
     #[expect(clippy::len_without_is_empty, reason = "a packet's length, not a collection's")]
     pub fn len(self) -> usize {
-        (self.end as usize).wrapping_sub(self.start as usize)
+        self.len
     }
 }
 

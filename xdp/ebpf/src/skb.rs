@@ -61,6 +61,11 @@ unsafe impl Frame for SkbFrame {
         unsafe { (&raw const (*self.0).data_end).read_volatile() as usize as *mut u8 }
     }
     #[inline(always)]
+    fn packet_len(&self) -> usize {
+        // SAFETY: as in `start`.
+        unsafe { (&raw const (*self.0).len).read_volatile() as usize }
+    }
+    #[inline(always)]
     fn adjust_head(&mut self, _delta: i32) -> bool {
         false
     }
