@@ -224,6 +224,15 @@ fn detach(lab: &mut Lab, agent: &RunningAgent) -> Result<(), LabError> {
             fs::remove_file(&path).map_err(LabError::io(format!("remove {}", path.display())))?;
         }
     }
+    // The kernel takes a link apart some time after its last reference has gone.
+    let start = Instant::now();
+    while lab.host(NODE)?.run("ip", &["link", "show", UPLINK])?.contains("prog/xdp") {
+        interrupt::check()?;
+        if start.elapsed() > Duration::from_secs(10) {
+            return Err(wrong_mode(lab, &format!("is gone, but its program stays on {UPLINK}")));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
     Ok(())
 }
 
