@@ -12,18 +12,10 @@ fn summary(output: &str) -> Vec<String> {
         .stdout(Stdio::piped())
         .spawn()
         .expect("awk runs");
-    awk.stdin
-        .take()
-        .expect("a pipe")
-        .write_all(output.as_bytes())
-        .expect("awk reads");
+    awk.stdin.take().expect("a pipe").write_all(output.as_bytes()).expect("awk reads");
     let answer = awk.wait_with_output().expect("awk ends");
     assert!(answer.status.success(), "{answer:?}");
-    String::from_utf8(answer.stdout)
-        .expect("UTF-8")
-        .lines()
-        .map(str::to_owned)
-        .collect()
+    String::from_utf8(answer.stdout).expect("UTF-8").lines().map(str::to_owned).collect()
 }
 
 const GOOD: &str = "
@@ -83,10 +75,7 @@ fn passes_are_summed_over_programs() {
 #[test]
 fn failed_tests_are_counted_and_named_once() {
     let lines = summary(&format!("{GOOD}{FAILED}{GOOD}"));
-    assert_eq!(
-        lines,
-        ["failure tests/b.rs (target/debug/deps/b-2): bad", "sum 5 1"]
-    );
+    assert_eq!(lines, ["failure tests/b.rs (target/debug/deps/b-2): bad", "sum 5 1"]);
 }
 
 #[test]

@@ -1,0 +1,388 @@
+//! The loaded object: its maps filled from a [`World`], its programs run by BPF_PROG_TEST_RUN.
+
+use std::time::Duration;
+
+use aya::maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues};
+use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
+use aya::util::nr_cpus;
+use aya::{Ebpf, EbpfLoader};
+use sluice_abi::{
+    BackendCounter, FlowSet, Hook, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, maps,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::world::{World, size};
+
+/// The object that the agent loads.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SLUICE_BPF_OBJECT"));
+/// The same source with counted helpers.
+pub static TRAP_OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SLUICE_BPF_TRAP_OBJECT"));
+
+/// XDP's and TC's answers, as the kernel numbers them (include/uapi/linux/bpf.h, pkt_cls.h).
+pub mod code {
+    /// XDP_DROP.
+    pub const XDP_DROP: u32 = 1;
+    /// XDP_PASS.
+    pub const XDP_PASS: u32 = 2;
+    /// XDP_TX.
+    pub const XDP_TX: u32 = 3;
+    /// XDP_REDIRECT.
+    pub const XDP_REDIRECT: u32 = 4;
+    /// TC_ACT_UNSPEC: the next program, or the stack.
+    pub const TC_NEXT: u32 = u32::MAX;
+    /// TC_ACT_SHOT.
+    pub const TC_DROP: u32 = 2;
+    /// TC_ACT_REDIRECT.
+    pub const TC_REDIRECT: u32 = 7;
+}
+
+/// A value of the ABI, as aya wants it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Plain<T>(pub T);
+
+// SAFETY: `T` is plain bytes: every bit pattern is a value (`FromBytes`), and there is no padding
+// (`IntoBytes`).
+unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> aya::Pod for Plain<T> {}
+
+/// Plain bytes that live in maps.
+pub trait Value: FromBytes + IntoBytes + Immutable + Copy + 'static {}
+impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Value for T {}
+
+/// What became of one frame.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Ran {
+    /// The program's return value: one of [`code`].
+    pub code: u32,
+    /// The frame afterwards.
+    pub bytes: Vec<u8>,
+}
+
+/// A loaded object.
+pub struct Kernel {
+    ebpf: Ebpf,
+    flow_sets: u32,
+}
+
+impl Kernel {
+    /// Loads `object` with small maps and `flow_sets` sets of sixteen connections.
+    ///
+    /// # Panics
+    /// If the kernel refuses the object; the message has the verifier's last words.
+    pub fn load(object: &[u8], flow_sets: u32) -> Self {
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries(maps::FRONTEND, size::FRONTENDS)
+            .map_max_entries(maps::MAGLEV, size::MAGLEV)
+            .map_max_entries(maps::BACKEND, size::BACKENDS)
+            .map_max_entries(maps::BACKEND_STAT, size::BACKENDS)
+            .map_max_entries(maps::SERVICE_STAT, size::SERVICES)
+            .map_max_entries(maps::POD, size::PODS)
+            .map_max_entries(maps::VTEP, size::VTEPS)
+            .map_max_entries(maps::VTEP_SOURCE, size::VTEP_SOURCES)
+            .map_max_entries(maps::NEXTHOP, size::NEXT_HOPS)
+            .map_max_entries(maps::SNAT, size::SNAT_SLOTS)
+            .map_max_entries(maps::FLOW, flow_sets)
+            .load(object)
+            .expect("the object loads");
+        for (name, program) in ebpf.programs_mut() {
+            let loaded = match program {
+                Program::Xdp(program) => program.load(),
+                Program::SchedClassifier(program) => program.load(),
+                _ => panic!("{name}: a program of an unknown kind"),
+            };
+            loaded.unwrap_or_else(|e| panic!("{name} does not load: {e:?}"));
+        }
+        Self { ebpf, flow_sets }
+    }
+
+    /// Fills the tables from `world` and forgets every connection and every count.
+    ///
+    /// # Panics
+    /// If a map cannot be written.
+    pub fn fill(&mut self, world: &World) {
+        assert_eq!(world.settings.flow_set_mask, self.flow_sets - 1, "flow sets of the world");
+        self.write_settings(&world.settings);
+        self.replace_hash(maps::FRONTEND, world.frontends.iter());
+        self.replace_hash(maps::POD, world.pods.iter());
+        self.replace_hash(maps::VTEP_SOURCE, world.vtep_sources.iter());
+        self.write_array(maps::MAGLEV, &world.maglev);
+        self.write_array(maps::BACKEND, &world.backends);
+        self.write_array(maps::VTEP, &world.vteps);
+        self.write_array(maps::TUNNEL, &world.tunnels);
+        self.write_array(maps::NEXTHOP, &world.next_hops);
+        self.clear_state();
+    }
+
+    /// Forgets every connection and every count.
+    pub fn clear_state(&mut self) {
+        for set in 0..self.flow_sets {
+            self.set_flow_set(set, FlowSet::default());
+        }
+        for index in snat_indexes() {
+            if self.snat(index) != SnatSlot::FREE {
+                self.set_snat(index, SnatSlot::FREE);
+            }
+        }
+        self.clear_per_cpu::<ReasonCounter>(maps::REASON);
+        self.clear_per_cpu::<ServiceCounter>(maps::SERVICE_STAT);
+        self.clear_per_cpu::<BackendCounter>(maps::BACKEND_STAT);
+        self.clear_per_cpu::<Scratch>(maps::SCRATCH);
+    }
+
+    /// Replaces the settings alone.
+    pub fn write_settings(&mut self, settings: &Settings) {
+        self.write_array(maps::SETTINGS, &[*settings]);
+    }
+
+    /// Runs the program of `hook` on one frame that arrived on (or leaves by) `ifindex`.
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
+        // Outer headers and the largest move of the head.
+        let mut out = vec![0u8; packet.len() + 256];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(packet);
+        options.data_out = Some(&mut out);
+        let result = match hook {
+            Hook::Xdp => {
+                let context = xdp_context(packet.len(), ifindex);
+                options.ctx_in = Some(&context);
+                self.xdp("xdp_node").test_run(options)
+            }
+            Hook::TcIngress | Hook::TcEgress => {
+                let context = skb_context(ifindex);
+                options.ctx_in = Some(&context);
+                self.tc(hook.label()).test_run(options)
+            }
+        };
+        let result = result.unwrap_or_else(|e| panic!("{hook:?} of {} bytes: {e}", packet.len()));
+        out.truncate(result.data_size_out as usize);
+        Ran { code: result.return_value, bytes: out }
+    }
+
+    /// Runs `xdp_node` `repeat` times on the same buffer; nanoseconds per run, by the kernel.
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn repeat_xdp(&self, ifindex: u32, packet: &[u8], repeat: u32) -> Duration {
+        let context = xdp_context(packet.len(), ifindex);
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(packet);
+        options.ctx_in = Some(&context);
+        options.repeat = repeat;
+        self.xdp("xdp_node").test_run(options).expect("test run").duration
+    }
+
+    /// An XDP program of the object.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn xdp(&self, name: &str) -> &Xdp {
+        match self.ebpf.program(name) {
+            Some(Program::Xdp(program)) => program,
+            _ => panic!("no XDP program {name}"),
+        }
+    }
+
+    /// An XDP program of the object, to be attached.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn xdp_mut(&mut self, name: &str) -> &mut Xdp {
+        match self.ebpf.program_mut(name) {
+            Some(Program::Xdp(program)) => program,
+            _ => panic!("no XDP program {name}"),
+        }
+    }
+
+    /// A TC program of the object.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn tc(&self, name: &str) -> &SchedClassifier {
+        match self.ebpf.program(name) {
+            Some(Program::SchedClassifier(program)) => program,
+            _ => panic!("no TC program {name}"),
+        }
+    }
+
+    /// A TC program of the object, to be attached.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn tc_mut(&mut self, name: &str) -> &mut SchedClassifier {
+        match self.ebpf.program_mut(name) {
+            Some(Program::SchedClassifier(program)) => program,
+            _ => panic!("no TC program {name}"),
+        }
+    }
+
+    /// The low 31 bits of jiffies.
+    ///
+    /// # Panics
+    /// If the kernel does not run the clock program.
+    pub fn jiffies(&self) -> u32 {
+        let mut options = TestRunOptions::new();
+        let frame = [0u8; 64];
+        options.data_in = Some(&frame);
+        self.xdp("xdp_clock").test_run(options).expect("test run").return_value
+    }
+
+    /// Sets of the flow table.
+    pub fn flow_sets(&self) -> Vec<FlowSet> {
+        (0..self.flow_sets).map(|i| self.read(maps::FLOW, i)).collect()
+    }
+
+    /// Writes a set of the flow table.
+    pub fn set_flow_set(&mut self, index: u32, set: FlowSet) {
+        self.write(maps::FLOW, index, set);
+    }
+
+    /// An entry of the SNAT table.
+    pub fn snat(&self, index: u32) -> SnatSlot {
+        self.read(maps::SNAT, index)
+    }
+
+    /// Writes an entry of the SNAT table.
+    pub fn set_snat(&mut self, index: u32, slot: SnatSlot) {
+        self.write(maps::SNAT, index, slot);
+    }
+
+    /// Every owned SNAT slot of the standard world's range.
+    pub fn snat_slots(&self) -> Vec<(u32, SnatSlot)> {
+        let slots = snat_indexes().map(|i| (i, self.snat(i)));
+        slots.filter(|(_, slot)| *slot != SnatSlot::FREE).collect()
+    }
+
+    /// The count of a reason at a hook, over all CPUs.
+    pub fn reason(&self, hook: Hook, reason: u32) -> ReasonCounter {
+        let values: Vec<ReasonCounter> =
+            self.read_per_cpu(maps::REASON, hook as u32 * maps::REASON_SLOTS + reason);
+        values.iter().fold(ReasonCounter::default(), |sum, c| ReasonCounter {
+            packets: sum.packets + c.packets,
+            bytes: sum.bytes + c.bytes,
+        })
+    }
+
+    /// The counters of a Service, over all CPUs.
+    pub fn service(&self, id: u32) -> ServiceCounter {
+        let values: Vec<ServiceCounter> = self.read_per_cpu(maps::SERVICE_STAT, id);
+        values.iter().fold(ServiceCounter::default(), |sum, c| ServiceCounter {
+            forward_packets: sum.forward_packets + c.forward_packets,
+            forward_bytes: sum.forward_bytes + c.forward_bytes,
+            reply_packets: sum.reply_packets + c.reply_packets,
+            reply_bytes: sum.reply_bytes + c.reply_bytes,
+            new_flows: sum.new_flows + c.new_flows,
+            dropped_packets: sum.dropped_packets + c.dropped_packets,
+        })
+    }
+
+    /// The counters of a backend, over all CPUs.
+    pub fn backend(&self, id: u32) -> BackendCounter {
+        let values: Vec<BackendCounter> = self.read_per_cpu(maps::BACKEND_STAT, id);
+        values.iter().fold(BackendCounter::default(), |sum, c| BackendCounter {
+            forward_packets: sum.forward_packets + c.forward_packets,
+            forward_bytes: sum.forward_bytes + c.forward_bytes,
+            reply_packets: sum.reply_packets + c.reply_packets,
+            reply_bytes: sum.reply_bytes + c.reply_bytes,
+            new_flows: sum.new_flows + c.new_flows,
+        })
+    }
+
+    /// An entry of an array.
+    ///
+    /// # Panics
+    /// If there is no such entry.
+    pub fn read<T: Value>(&self, map: &str, index: u32) -> T {
+        let array: Array<_, Plain<T>> = self.map(map).try_into().expect("an array");
+        array.get(&index, 0).unwrap_or_else(|e| panic!("read {map}[{index}]: {e}")).0
+    }
+
+    /// Writes an entry of an array.
+    ///
+    /// # Panics
+    /// If there is no such entry.
+    pub fn write<T: Value>(&mut self, map: &str, index: u32, value: T) {
+        let mut array: Array<_, Plain<T>> = self.map_mut(map).try_into().expect("an array");
+        array.set(index, Plain(value), 0).unwrap_or_else(|e| panic!("write {map}[{index}]: {e}"));
+    }
+
+    fn write_array<T: Value>(&mut self, map: &str, values: &[T]) {
+        let mut array: Array<_, Plain<T>> = self.map_mut(map).try_into().expect("an array");
+        for (i, value) in values.iter().enumerate() {
+            array
+                .set(i as u32, Plain(*value), 0)
+                .unwrap_or_else(|e| panic!("write {map}[{i}]: {e}"));
+        }
+    }
+
+    fn replace_hash<'a, K: Value, V: Value>(
+        &mut self,
+        map: &str,
+        entries: impl Iterator<Item = (&'a K, &'a V)>,
+    ) {
+        let mut hash: HashMap<_, Plain<K>, Plain<V>> =
+            self.map_mut(map).try_into().expect("a hash map");
+        let old: Vec<_> = hash.keys().map(|key| key.expect("a key")).collect();
+        for key in old {
+            hash.remove(&key).unwrap_or_else(|e| panic!("remove from {map}: {e}"));
+        }
+        for (key, value) in entries {
+            hash.insert(Plain(*key), Plain(*value), 0)
+                .unwrap_or_else(|e| panic!("insert into {map}: {e}"));
+        }
+    }
+
+    fn read_per_cpu<T: Value>(&self, map: &str, index: u32) -> Vec<T> {
+        let array: PerCpuArray<_, Plain<T>> = self.map(map).try_into().expect("per CPU");
+        let values = array.get(&index, 0).unwrap_or_else(|e| panic!("read {map}[{index}]: {e}"));
+        values.iter().map(|plain| plain.0).collect()
+    }
+
+    fn clear_per_cpu<T: Value>(&mut self, map: &str) {
+        let mut array: PerCpuArray<_, Plain<T>> = self.map_mut(map).try_into().expect("per CPU");
+        let cpus = nr_cpus().expect("the number of CPUs");
+        for index in 0..array.len() {
+            let zero = PerCpuValues::try_from(vec![Plain(T::new_zeroed()); cpus]).expect("CPUs");
+            array.set(index, zero, 0).unwrap_or_else(|e| panic!("clear {map}[{index}]: {e}"));
+        }
+    }
+
+    /// A map of the object.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn map(&self, name: &str) -> &Map {
+        self.ebpf.map(name).unwrap_or_else(|| panic!("no map {name}"))
+    }
+
+    /// A map of the object, to be written.
+    ///
+    /// # Panics
+    /// If there is none of that name.
+    pub fn map_mut(&mut self, name: &str) -> &mut Map {
+        self.ebpf.map_mut(name).unwrap_or_else(|| panic!("no map {name}"))
+    }
+}
+
+/// The indexes of the SNAT table that the standard world's port range uses.
+pub fn snat_indexes() -> std::ops::Range<u32> {
+    size::SNAT_FIRST as u32 * maps::SNAT_SLOTS_PER_PORT..size::SNAT_SLOTS
+}
+
+/// `struct xdp_md` (include/uapi/linux/bpf.h) of a frame of `len` bytes.
+fn xdp_context(len: usize, ifindex: u32) -> [u8; 24] {
+    let mut context = [0u8; 24];
+    context[4..8].copy_from_slice(&(len as u32).to_ne_bytes()); // data_end
+    context[12..16].copy_from_slice(&ifindex.to_ne_bytes()); // ingress_ifindex
+    context
+}
+
+/// The first fields of `struct __sk_buff` (include/uapi/linux/bpf.h), up to `ifindex`.
+fn skb_context(ifindex: u32) -> [u8; 192] {
+    const IFINDEX: usize = 40;
+    let mut context = [0u8; 192];
+    context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+    context
+}
