@@ -127,7 +127,7 @@ fn start(
 }
 
 /// Names, sizes and times of all manifests; `None` where they cannot be had.
-fn fingerprint(dir: &Path) -> Option<Vec<(PathBuf, u64, u64, i64, i64)>> {
+fn fingerprint(dir: &Path) -> Option<Vec<(PathBuf, [i64; 4])>> {
     let mut files = Vec::new();
     manifests(dir, 0, &mut files).ok()?;
     files.sort();
@@ -135,7 +135,8 @@ fn fingerprint(dir: &Path) -> Option<Vec<(PathBuf, u64, u64, i64, i64)>> {
         .into_iter()
         .map(|path| {
             let meta = std::fs::metadata(&path).ok()?;
-            Some((path, meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
+            let (ino, len) = (meta.ino() as i64, meta.len() as i64);
+            Some((path, [ino, len, meta.ctime(), meta.ctime_nsec()]))
         })
         .collect()
 }
