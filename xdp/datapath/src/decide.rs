@@ -187,14 +187,14 @@ fn decide<E: Env>(
         return Err(Reason::FailSafe);
     }
     put!(draft, service, field!(frontend, Frontend, service).get());
-    let extent = admit(settings, frontend, draft, ask)?;
+    let extent = admit(env, settings, frontend, draft, ask)?;
     begin(settings, draft, env.now());
-    let choice = choose_backend(env, settings, draft, extent).ok_or(Reason::TableBroken)?;
+    choose_backend(env, settings, frontend, draft, extent).ok_or(Reason::TableBroken)?;
     let client = field!(draft, FlowRecord, client).get();
     let port = field!(draft, FlowRecord, client_port).get();
     let place = flow::place(env, settings, client, port, key.proto).ok_or(Reason::TableBroken)?;
     if field!(ask, Ask, snat).get() != 0 && way_out(draft) >= ExitKind::Tunnel as u8 {
-        rewrite_source(env, settings, draft, choice)?;
+        rewrite_source(env, settings, draft)?;
     } else {
         keep_source(&place, draft)?;
     }
@@ -220,13 +220,18 @@ fn decide<E: Env>(
 
 /// Whether the packet may begin a flow to this frontend, and between which backends it chooses.
 #[inline(always)]
-fn admit(
+fn admit<E: Env>(
+    env: &E,
     settings: At<'_, Settings>,
     frontend: At<'_, Frontend>,
     draft: At<'_, FlowRecord>,
     ask: At<'_, Ask>,
 ) -> Result<Extent, Reason> {
-    if is_martian(&Tuple::of_request(draft)) {
+    // A pod of this node does not speak to us over the wire: its requests are decided at TC.
+    let wire = field!(ask, Ask, snat).get() != 0;
+    if is_martian(&Tuple::of_request(draft))
+        || wire && env.pod(&field!(draft, FlowRecord, client).get()).is_some()
+    {
         return Err(Reason::Martian);
     }
     let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
@@ -256,24 +261,29 @@ fn begin(settings: At<'_, Settings>, draft: At<'_, FlowRecord>, now: u32) {
     put!(draft, created, now);
 }
 
-/// Chooses the backend and the way to it; returns the flow's hash.
+/// Chooses the backend and the way to it.
 #[inline(always)]
 fn choose_backend<E: Env>(
     env: &E,
     settings: At<'_, Settings>,
+    frontend: At<'_, Frontend>,
     draft: At<'_, FlowRecord>,
     extent: Extent,
-) -> Option<u32> {
+) -> Option<()> {
     let seeds = field!(settings, Settings, seeds);
-    let choice =
-        hash::backend_choice(field!(seeds, Seeds, cluster).get(), &Tuple::of_request(draft));
+    let mut tuple = Tuple::of_request(draft);
+    if field!(frontend, Frontend, affinity_seconds).get() != 0 {
+        // Session affinity: the client's address alone chooses, whatever it connects to.
+        (tuple.dst, tuple.dst_port, tuple.src_port) = (Addr::NONE, Be16::new(0), Be16::new(0));
+    }
+    let choice = hash::backend_choice(field!(seeds, Seeds, cluster).get(), &tuple);
     let index = extent.offset.wrapping_add(hash::scale(choice, extent.size));
     let backend_id = env.maglev(index)?.get();
     let backend = env.backend(backend_id)?;
     put!(draft, backend, field!(backend, Backend, addr).get());
     put!(draft, backend_port, field!(backend, Backend, port).get());
     put!(draft, backend_id, backend_id);
-    forward_exit(env, backend, field!(draft, FlowRecord, forward)).then_some(choice)
+    forward_exit(env, backend, field!(draft, FlowRecord, forward)).then_some(())
 }
 
 #[inline(always)]
@@ -287,12 +297,13 @@ fn rewrite_source<E: Env>(
     env: &E,
     settings: At<'_, Settings>,
     draft: At<'_, FlowRecord>,
-    choice: u32,
 ) -> Result<(), Reason> {
     let source = snat_source(env, settings, draft).ok_or(Reason::TableBroken)?;
     put!(draft, source, source);
-    // Another use of the same hash must not walk the ports in the order of the backends.
-    let start = choice ^ 0x5bd1_e995;
+    let seeds = field!(settings, Settings, seeds);
+    let hash = hash::backend_choice(field!(seeds, Seeds, cluster).get(), &Tuple::of_request(draft));
+    // The same hash chose the backend: the ports must not be walked in the order of the backends.
+    let start = hash ^ 0x5bd1_e995;
     let claim = flow::claim_snat(env, settings, draft, start).ok_or(Reason::SnatExhausted)?;
     put!(draft, source_port, claim.port);
     put!(draft, snat, claim.index + 1);
