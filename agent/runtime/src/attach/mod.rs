@@ -819,4 +819,44 @@ mod tests {
         names.sort();
         assert_eq!(names, ["a%2eb", "eth0", "flannel.1"]);
     }
+
+    /// Kernels before 6.6 have no TCX. Needs root.
+    #[test]
+    fn filter_without_tcx_stays_is_replaced_and_goes_with_cleanup() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: network namespaces and BPF need root");
+            return;
+        }
+        let run = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a namespace");
+            let sh = |command: &str| {
+                let output = std::process::Command::new("sh").args(["-ec", command]).output();
+                String::from_utf8_lossy(&output.expect("sh").stdout).into_owned()
+            };
+            sh("ip link add up0 type veth peer name up1");
+            let filters = || {
+                let shown = sh("tc filter show dev up0 ingress");
+                (shown.matches("handle 0x51").count(), shown)
+            };
+            for _ in 0..2 {
+                let mut ebpf = EbpfLoader::new()
+                    .map_max_entries(sluice_abi::maps::MAGLEV, 4)
+                    .map_max_entries(sluice_abi::maps::FLOW, 4)
+                    .load(OBJECT)
+                    .expect("object");
+                let program = tc(&mut ebpf, TC_INGRESS).expect("program");
+                program.load().expect("loaded");
+                attach_tc_filter(program, "up0", TcAttachType::Ingress).expect("attached");
+                drop(ebpf);
+                let (count, shown) = filters();
+                assert_eq!(count, 1, "{shown}");
+            }
+            assert!(remove_filters("up0"));
+            let (count, shown) = filters();
+            assert_eq!(count, 0, "{shown}");
+        };
+        if let Err(panic) = std::thread::spawn(run).join() {
+            std::panic::resume_unwind(panic);
+        }
+    }
 }
