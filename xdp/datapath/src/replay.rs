@@ -10,7 +10,7 @@ use crate::field;
 use crate::flow::{self, Found};
 use crate::parse::{Ip, L3, Transport};
 use crate::verdict::{Action, Owner, Step, Stop, Verdict};
-use crate::wire::{Ethernet, Ipv4, Ipv6, Ports, TCP_FIN, TCP_RST, Tcp, Udp};
+use crate::wire::{Ethernet, Ipv4, Ipv6, Ports, TCP_FIN, TCP_RST, TCP_SYN, Tcp, Udp};
 use sluice_abi::{
     Addr, Be16, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod, Reason,
     Settings, Timeouts, Tunnel, Vtep, flow_state,
@@ -374,9 +374,13 @@ pub fn touch<E: Env>(
     }
     let state = field!(r, FlowRecord, state);
     let old = state.get();
-    if old | bits != old {
-        state.set(old | bits);
+    // A SYN on the tuple of a connection that is closing begins the next one, with its backend.
+    let ended = flow_state::FIN_FORWARD | flow_state::FIN_REPLY | flow_state::RESET;
+    let begins = !reply && flags & (TCP_SYN | TCP_RST) == TCP_SYN && old & ended != 0;
+    let new = if begins { 0 } else { old | bits };
+    if new != old {
+        state.set(new);
         let proto = field!(r, FlowRecord, proto).get();
-        field!(r, FlowRecord, timeout).set(flow::timeout(timeouts, proto, old | bits));
+        field!(r, FlowRecord, timeout).set(flow::timeout(timeouts, proto, new));
     }
 }
