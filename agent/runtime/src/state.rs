@@ -21,7 +21,7 @@ use sluice_control::{
 };
 
 use crate::attach::{Attacher, Role, Rung};
-use crate::config::{Config, DeliveryChoice};
+use crate::config::Config;
 use crate::describe::causes;
 use crate::facts::kernel::Link;
 use crate::facts::{Collector, Facts};
@@ -271,21 +271,21 @@ impl State {
         let Some(snapshot) = self.snapshot.clone() else {
             return Ok(());
         };
-        // A pod is delivered to by redirect only when its replies are taken at TC, and programs are
-        // attached when the tables are right; so pods that are new take a second round.
-        for _ in 0..2 {
-            let facts = self.program(&snapshot)?;
-            if self.held.is_some() || !self.attach(&facts) {
-                break;
-            }
+        let mut facts = self.collector.read(&self.config, &snapshot)?;
+        self.update_settings(&facts, &snapshot)?;
+        // A pod is delivered to by redirect only when its replies are taken at TC; so the programs
+        // there come first. They pass everything until the tables know the pod.
+        self.attach_pods(&facts);
+        self.program(&snapshot, &mut facts)?;
+        if self.held.is_none() {
+            self.attach(&facts);
         }
         Ok(())
     }
 
-    /// Tables. Returns the facts that they were made from.
-    fn program(&mut self, snapshot: &Arc<Snapshot>) -> Result<Facts, StepError> {
-        let mut facts = self.collector.read(&self.config, snapshot)?;
-        self.hold_back_redirect(&mut facts);
+    /// Tables.
+    fn program(&mut self, snapshot: &Arc<Snapshot>, facts: &mut Facts) -> Result<(), StepError> {
+        self.hold_back_redirect(facts);
         let wanted = wanted_next_hops(snapshot, &facts.context);
         facts.context.next_hops = self.collector.next_hops(&facts.kernel, &wanted);
         self.unresolved = facts
@@ -296,25 +296,24 @@ impl State {
             .count();
         self.notes = facts.notes.clone();
         self.stack_delivery = facts.stack_reasons.clone();
-        self.update_settings(&facts, snapshot)?;
         let input = (snapshot.clone(), facts.context.clone());
         if self.input.as_ref().is_some_and(|(s, c)| Arc::ptr_eq(s, &input.0) && *c == input.1)
             && self.desired.is_some()
             && self.actual.is_some()
         {
-            return Ok(facts);
+            return Ok(());
         }
         let compiled = compile(snapshot, &facts.context);
         if self.desired.as_ref() == Some(&compiled.desired) && self.actual.is_some() {
             self.left_out(compiled.skipped);
             self.input = Some(input);
-            return Ok(facts);
+            return Ok(());
         }
         if self.actual.is_none() {
             self.actual = Some(self.store.load()?);
         }
         let Some(actual) = &mut self.actual else {
-            return Ok(facts);
+            return Ok(());
         };
         if self.guard {
             let threshold = MassRemoval {
@@ -327,7 +326,7 @@ impl State {
                         tracing::error!("{held}; run `sluice release` if that is meant");
                     }
                     self.held = Some(held);
-                    return Ok(facts);
+                    return Ok(());
                 }
                 _ => {
                     self.held = None;
@@ -388,7 +387,7 @@ impl State {
         self.left_out(compiled.skipped);
         self.desired = Some(compiled.desired);
         self.input = Some(input);
-        Ok(facts)
+        Ok(())
     }
 
     /// Puts together what reading, compiling and allocating left out.
@@ -450,8 +449,16 @@ impl State {
         Ok(())
     }
 
-    /// Attachments. Returns whether pods' interfaces were attached that may now use redirect.
-    fn attach(&mut self, facts: &Facts) -> bool {
+    /// TC programs at pods' interfaces that are new.
+    fn attach_pods(&mut self, facts: &Facts) {
+        let pods: Vec<(Link, Role)> =
+            facts.pod_devices.iter().map(|l| (l.clone(), Role::Pod)).collect();
+        let config = &self.config;
+        self.attacher.bring(&pods, |interface| config.mode_of(interface));
+    }
+
+    /// All attachments; interfaces that are no longer wanted are let go.
+    fn attach(&mut self, facts: &Facts) {
         let mut wanted: BTreeMap<u32, (Link, Role)> = BTreeMap::new();
         for (links, role) in [
             (&facts.pod_devices, Role::Pod),
@@ -467,21 +474,8 @@ impl State {
             self.refused_again = Instant::now() + RETRY_REFUSED;
             self.attacher.try_refused_again();
         }
-        let ingress = |attacher: &Attacher| {
-            attacher
-                .interfaces()
-                .iter()
-                .filter(|(name, a)| {
-                    a.role == Role::Pod
-                        && a.tc_ingress
-                        && self.config.delivery_of(name) != DeliveryChoice::Stack
-                })
-                .count()
-        };
-        let before = ingress(&self.attacher);
         let config = &self.config;
         self.attacher.reconcile(&wanted, |interface| config.mode_of(interface));
-        ingress(&self.attacher) > before
     }
 
     /// One pass over the connections.

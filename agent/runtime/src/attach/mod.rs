@@ -274,6 +274,11 @@ impl Attacher {
     pub fn reconcile(&mut self, wanted: &[(Link, Role)], mode_of: impl Fn(&str) -> Mode) {
         let names: BTreeSet<&str> = wanted.iter().map(|(l, _)| l.name.as_str()).collect();
         self.let_go(&names);
+        self.bring(wanted, mode_of);
+    }
+
+    /// Attaches to interfaces of `wanted` that are new, and renews lost links; lets nothing go.
+    pub fn bring(&mut self, wanted: &[(Link, Role)], mode_of: impl Fn(&str) -> Mode) {
         for (link, role) in wanted {
             let mode = mode_of(&link.name);
             if let Some(known) = self.interfaces.get(&link.name)
@@ -360,7 +365,14 @@ impl Attacher {
     /// Removes our links from interfaces that are not in `keep`; those of this run and those of an
     /// earlier one.
     fn let_go(&mut self, keep: &BTreeSet<&str>) {
-        self.interfaces.retain(|name, _| keep.contains(name.as_str()));
+        let dir = self.pins.dir();
+        self.interfaces.retain(|name, _| {
+            let kept = keep.contains(name.as_str());
+            if !kept {
+                remove_filters(dir, name);
+            }
+            kept
+        });
         let mut gone = Vec::new();
         for (path, interface) in link_pins(self.pins.dir()) {
             if !keep.contains(interface.as_str()) {
@@ -787,8 +799,12 @@ pub fn remove_pins(dir: &Path) -> Result<Vec<PathBuf>, AttachError> {
     Ok(removed)
 }
 
-/// Takes our filters off an interface on kernels without TCX; true if there was one.
-pub fn remove_filters(interface: &str) -> bool {
+/// Takes our filters off an interface on kernels without TCX; true if there was one. Where links
+/// are pinned there are no filters, and what looks like one is not ours.
+pub fn remove_filters(pin_dir: &Path, interface: &str) -> bool {
+    if link_path(pin_dir, TC_EGRESS, interface).exists() {
+        return false;
+    }
     let mut found = false;
     for side in [TcAttachType::Ingress, TcAttachType::Egress] {
         if let Ok(link) =
@@ -851,7 +867,7 @@ mod tests {
                 let (count, shown) = filters();
                 assert_eq!(count, 1, "{shown}");
             }
-            assert!(remove_filters("up0"));
+            assert!(remove_filters(Path::new("/nonexistent"), "up0"));
             let (count, shown) = filters();
             assert_eq!(count, 0, "{shown}");
         };

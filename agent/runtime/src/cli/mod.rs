@@ -288,7 +288,7 @@ fn cleanup(instance: &Instance, yes: bool) -> Result<(), CliError> {
     let lock = place.run_dir.lock()?;
     if let Ok(Some(status)) = place.run_dir.status() {
         for name in status.interfaces.keys() {
-            attach::remove_filters(name);
+            attach::remove_filters(place.pins.dir(), name);
         }
     }
     let mut removed = attach::remove_pins(place.pins.dir())?;

@@ -1,0 +1,251 @@
+//! The paths that are measured, and what the program must say about every packet of theirs.
+
+use sluice_abi::{Addr, BenchTarget, Family, Reason};
+
+use super::packet::{ACK, Packet, SYN, Segment};
+use super::tables::{self, LINK_MAC, PEER_MAC, TUNNEL_MAC, UPLINK_MAC};
+
+/// A path through the program.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Kind {
+    /// The wrapper with an empty target: F.
+    Floor,
+    /// The wrapper with a target that only moves the head.
+    FloorHead,
+    /// To nothing that is served.
+    Pass,
+    /// Out of a tunnel, with a forged inner source.
+    Drop,
+    /// Out of a tunnel to a pod of this node.
+    Decap,
+    /// To a Service, known connection, pod of this node.
+    DnatLocal,
+    /// To a Service, known connection, pod of another node.
+    DnatRemote,
+    /// To a Service, a connection never seen before, pod of this node.
+    DnatNew,
+    /// Out of a tunnel to a Service, known connection, pod of this node.
+    DecapDnat,
+    /// Out of a tunnel to a Service, a connection never seen before, pod of this node.
+    DecapDnatNew,
+    /// Reply of a pod of another node, out of a tunnel, to a client outside.
+    ReplyRemote,
+}
+
+/// XDP's answers (kernel include/uapi/linux/bpf.h).
+mod action {
+    pub const DROP: u32 = 1;
+    pub const PASS: u32 = 2;
+    pub const TX: u32 = 3;
+    pub const REDIRECT: u32 = 4;
+}
+
+/// What every packet of a scenario must come to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Expected {
+    /// The program's return value.
+    pub action: u32,
+    /// The reason that is counted; none when the program under test does not run.
+    pub reason: Option<Reason>,
+    /// The Service whose connections are counted, 0 for none.
+    pub service: u32,
+    /// Whether each packet begins a connection.
+    pub new: bool,
+    /// Bytes of the frame afterwards.
+    pub len: usize,
+}
+
+impl Kind {
+    /// Every kind, in the order of the report.
+    pub const ALL: [Kind; 11] = [
+        Kind::Floor,
+        Kind::FloorHead,
+        Kind::Pass,
+        Kind::Drop,
+        Kind::Decap,
+        Kind::DnatLocal,
+        Kind::DnatRemote,
+        Kind::ReplyRemote,
+        Kind::DecapDnat,
+        Kind::DnatNew,
+        Kind::DecapDnatNew,
+    ];
+
+    /// The name in output and on the command line.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Kind::Floor => "floor",
+            Kind::FloorHead => "floor-head",
+            Kind::Pass => "pass",
+            Kind::Drop => "drop",
+            Kind::Decap => "decap",
+            Kind::DnatLocal => "dnat-local",
+            Kind::DnatRemote => "dnat-remote",
+            Kind::DnatNew => "dnat-new",
+            Kind::DecapDnat => "decap-dnat",
+            Kind::DecapDnatNew => "decap-dnat-new",
+            Kind::ReplyRemote => "reply-remote",
+        }
+    }
+
+    /// One line for people.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Kind::Floor => "F: the wrapper with an empty program",
+            Kind::FloorHead => "the wrapper with a program that only cuts 50 bytes off",
+            Kind::Pass => "no Service: passed untouched",
+            Kind::Drop => "forged source inside a tunnel: dropped",
+            Kind::Decap => "VXLAN undone, to a local pod",
+            Kind::DnatLocal => "known connection, to a local pod",
+            Kind::DnatRemote => "known connection, source rewritten, encapsulated to another node",
+            Kind::DnatNew => "every packet a new connection, full table, to a local pod",
+            Kind::DecapDnat => "VXLAN undone, known connection, to a local pod",
+            Kind::DecapDnatNew => "VXLAN undone, every packet a new connection, full table",
+            Kind::ReplyRemote => "VXLAN undone, reply translated back, to a client",
+        }
+    }
+
+    /// Whether the kind runs without a packet of a family.
+    pub const fn is_floor(self) -> bool {
+        matches!(self, Kind::Floor | Kind::FloorHead)
+    }
+
+    /// Whether every packet begins a connection.
+    pub const fn is_new(self) -> bool {
+        matches!(self, Kind::DnatNew | Kind::DecapDnatNew)
+    }
+
+    /// Whether the number of flows can be chosen.
+    const fn has_flows(self) -> bool {
+        matches!(
+            self,
+            Kind::Pass | Kind::Decap | Kind::DnatLocal | Kind::DnatRemote | Kind::DecapDnat
+        )
+    }
+}
+
+/// Flows of the kinds whose packets are all of different connections: as many as there are.
+const NEVER_AGAIN: u32 = 1 << 30;
+
+/// A path, measured with packets of one family and a number of flows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Scenario {
+    /// The path.
+    pub kind: Kind,
+    /// The family of inner and outer headers.
+    pub family: Family,
+    /// Flows that take turns, a power of two.
+    pub flows: u32,
+}
+
+impl Scenario {
+    /// All scenarios for these families and numbers of flows, in the order of the report.
+    pub fn all(kinds: &[Kind], families: &[Family], flows: &[u32]) -> Vec<Self> {
+        let mut all = Vec::new();
+        for &kind in kinds {
+            if kind.is_floor() {
+                all.push(Self { kind, family: Family::V4, flows: 1 });
+                continue;
+            }
+            for &family in families {
+                if kind.is_new() {
+                    all.push(Self { kind, family, flows: NEVER_AGAIN });
+                } else if kind.has_flows() {
+                    all.extend(flows.iter().map(|&flows| Self { kind, family, flows }));
+                } else {
+                    all.push(Self { kind, family, flows: 1 });
+                }
+            }
+        }
+        all
+    }
+
+    /// Which program the wrapper runs.
+    pub fn target(&self) -> BenchTarget {
+        match self.kind {
+            Kind::Floor => BenchTarget::Empty,
+            Kind::FloorHead => BenchTarget::Cut,
+            _ => BenchTarget::Node,
+        }
+    }
+
+    /// What must come of every packet.
+    pub fn expected(&self) -> Expected {
+        let plain = super::packet::FRAME_LEN;
+        let outer = if self.family == Family::V4 { 50 } else { 70 };
+        let (action, reason, len) = match self.kind {
+            Kind::Floor => (action::PASS, None, plain),
+            Kind::FloorHead => (action::PASS, None, plain),
+            Kind::Pass => (action::PASS, Some(Reason::NoService), plain),
+            Kind::Drop => (action::DROP, Some(Reason::InnerSource), plain + outer),
+            Kind::Decap => (action::REDIRECT, Some(Reason::DecapLocal), plain),
+            Kind::DnatLocal | Kind::DnatNew => (action::REDIRECT, Some(Reason::DnatLocal), plain),
+            Kind::DnatRemote => (action::TX, Some(Reason::DnatRemote), plain + outer),
+            Kind::DecapDnat | Kind::DecapDnatNew => {
+                (action::REDIRECT, Some(Reason::DecapDnatLocal), plain)
+            }
+            Kind::ReplyRemote => (action::TX, Some(Reason::ReplyRemote), plain),
+        };
+        let service = match self.kind {
+            Kind::DnatLocal | Kind::DnatNew | Kind::DecapDnat | Kind::DecapDnatNew => {
+                tables::service(self.family, false)
+            }
+            Kind::DnatRemote | Kind::ReplyRemote => tables::service(self.family, true),
+            _ => 0,
+        };
+        Expected { action, reason, service, new: self.kind.is_new(), len }
+    }
+
+    /// The packets that are measured. `snat_port` is where replies go ([`Kind::ReplyRemote`]).
+    pub fn packet(&self, snat_port: u16) -> Packet {
+        let family = self.family;
+        let outside = |dst: Addr| Segment {
+            dst_mac: UPLINK_MAC,
+            src_mac: LINK_MAC,
+            src: tables::client(family, self.kind.is_new()),
+            dst,
+            src_port: 0,
+            dst_port: tables::SERVICE_PORT,
+            flags: if self.kind.is_new() { SYN } else { ACK },
+        };
+        let tunnelled = |src: Addr, dst: Addr| {
+            let inner = Segment { dst_mac: TUNNEL_MAC, src_mac: PEER_MAC, src, ..outside(dst) };
+            Packet::plain(&inner, true).encapsulated(&tables::from_peer(family))
+        };
+        let peer = tables::peer_client(family, self.kind.is_new());
+        match self.kind {
+            Kind::Floor | Kind::Pass => {
+                Packet::plain(&outside(tables::elsewhere(family)), true)
+            }
+            Kind::DnatLocal | Kind::DnatNew => {
+                Packet::plain(&outside(tables::local_vip(family)), true)
+            }
+            Kind::DnatRemote => Packet::plain(&outside(tables::remote_vip(family)), true),
+            Kind::FloorHead | Kind::Decap => tunnelled(peer, tables::pod(family, 0)),
+            Kind::Drop => tunnelled(tables::forged(family), tables::pod(family, 0)),
+            Kind::DecapDnat | Kind::DecapDnatNew => tunnelled(peer, tables::local_vip(family)),
+            Kind::ReplyRemote => {
+                let inner = Segment {
+                    dst_mac: TUNNEL_MAC,
+                    src_mac: PEER_MAC,
+                    src: Addr::NONE,
+                    dst: tables::tunnel_addr(family),
+                    src_port: tables::BACKEND_PORT,
+                    dst_port: snat_port,
+                    flags: ACK,
+                };
+                Packet::plain(&inner, false).encapsulated(&tables::from_peer(family))
+            }
+        }
+    }
+
+    /// The packets that make the connections known beforehand, if that is needed.
+    pub fn opening(&self) -> Option<Packet> {
+        match self.kind {
+            Kind::DnatLocal | Kind::DnatRemote | Kind::DecapDnat => {
+                Some(self.with_flags(SYN))
+            }
+            _ => None,
+        }
+    }
+}
