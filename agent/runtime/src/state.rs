@@ -38,6 +38,8 @@ use crate::sweep::{Sweeper, forget_udp};
 const UDP_GRACE: Duration = Duration::from_secs(3);
 /// First and longest pause before a failed step is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// How long readiness waits for the neighbours that the first tables need.
+const NEIGHBOURS: Duration = Duration::from_secs(3);
 /// What was refused on an interface is tried again after this time.
 const RETRY_REFUSED: Duration = Duration::from_secs(60);
 
@@ -563,6 +565,10 @@ impl State {
             not_ready.push("waiting for the first complete list of objects".to_owned());
         } else if self.generation == 0 && self.held.is_none() {
             not_ready.push("tables are not programmed yet".to_owned());
+        }
+        // A neighbour that lives answers within a blink; one that does not must not hold us up.
+        if self.unresolved > 0 && self.started.elapsed() < NEIGHBOURS {
+            not_ready.push(format!("{} neighbours are being asked for", self.unresolved));
         }
         not_ready.extend(self.source_error.as_ref().map(ToString::to_string));
         not_ready.extend(self.held.as_ref().map(|h| format!("{h}; see `sluice release`")));
