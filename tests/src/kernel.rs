@@ -56,7 +56,21 @@ pub struct Ran {
     pub code: u32,
     /// The frame afterwards.
     pub bytes: Vec<u8>,
+    /// What XDP put in front of the frame for TC.
+    pub meta: Vec<u8>,
 }
+
+impl Ran {
+    /// Interface that XDP asks TC to hand the frame to.
+    pub fn mark(&self) -> Option<u32> {
+        let meta: [u8; 8] = self.meta.as_slice().try_into().ok()?;
+        let [magic, ifindex] = zerocopy::transmute!(meta);
+        (magic == HAND_OVER_MAGIC).then_some(ifindex)
+    }
+}
+
+/// First word of what XDP leaves for TC: "sluc".
+const HAND_OVER_MAGIC: u32 = 0x736c_7563;
 
 /// A loaded object.
 pub struct Kernel {
@@ -123,10 +137,15 @@ impl Kernel {
                 self.set_snat(index, SnatSlot::FREE);
             }
         }
+        self.clear_per_cpu::<Scratch>(maps::SCRATCH);
+        self.clear_counters();
+    }
+
+    /// Sets every counter to zero.
+    pub fn clear_counters(&mut self) {
         self.clear_per_cpu::<ReasonCounter>(maps::REASON);
         self.clear_per_cpu::<ServiceCounter>(maps::SERVICE_STAT);
         self.clear_per_cpu::<BackendCounter>(maps::BACKEND_STAT);
-        self.clear_per_cpu::<Scratch>(maps::SCRATCH);
     }
 
     /// Replaces the settings alone.
@@ -139,26 +158,49 @@ impl Kernel {
     /// # Panics
     /// If the kernel does not run it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
+        match hook {
+            Hook::Xdp => self.run_xdp(ifindex, packet, 0),
+            Hook::TcIngress | Hook::TcEgress => self.run_tc(hook, ifindex, packet),
+        }
+    }
+
+    /// Runs `xdp_node` on a frame with `meta` bytes of foreign metadata in front of it, which no
+    /// head can be moved over: the way to take the head room away.
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn run_xdp(&self, ifindex: u32, packet: &[u8], meta: usize) -> Ran {
+        let mut data = vec![0; meta];
+        data.extend(packet);
         // Outer headers and the largest move of the head.
-        let mut out = vec![0u8; packet.len() + 256];
+        let mut out = vec![0; data.len() + 256];
+        let mut context_out = [0u8; XDP_MD];
+        let context = xdp_context(meta, data.len(), ifindex);
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(&data);
+        options.data_out = Some(&mut out);
+        options.ctx_in = Some(&context);
+        options.ctx_out = Some(&mut context_out);
+        let result = self.xdp("xdp_node").test_run(options);
+        let result = result.unwrap_or_else(|e| panic!("XDP of {} bytes: {e:?}", packet.len()));
+        out.truncate(result.data_size_out as usize);
+        let start =
+            u32::from_ne_bytes([context_out[0], context_out[1], context_out[2], context_out[3]]);
+        let bytes = out.split_off(start as usize);
+        Ran { code: result.return_value, bytes, meta: out }
+    }
+
+    fn run_tc(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
+        let mut out = vec![0; packet.len() + 256];
+        let context = skb_context(ifindex);
         let mut options = TestRunOptions::new();
         options.data_in = Some(packet);
         options.data_out = Some(&mut out);
-        let result = match hook {
-            Hook::Xdp => {
-                let context = xdp_context(packet.len(), ifindex);
-                options.ctx_in = Some(&context);
-                self.xdp("xdp_node").test_run(options)
-            }
-            Hook::TcIngress | Hook::TcEgress => {
-                let context = skb_context(ifindex);
-                options.ctx_in = Some(&context);
-                self.tc(hook.label()).test_run(options)
-            }
-        };
-        let result = result.unwrap_or_else(|e| panic!("{hook:?} of {} bytes: {e}", packet.len()));
+        options.ctx_in = Some(&context);
+        let result = self.tc(hook.label()).test_run(options);
+        let result = result.unwrap_or_else(|e| panic!("{hook:?} of {} bytes: {e:?}", packet.len()));
         out.truncate(result.data_size_out as usize);
-        Ran { code: result.return_value, bytes: out }
+        Ran { code: result.return_value, bytes: out, meta: Vec::new() }
     }
 
     /// Runs `xdp_node` `repeat` times on the same buffer; nanoseconds per run, by the kernel.
@@ -166,7 +208,7 @@ impl Kernel {
     /// # Panics
     /// If the kernel does not run it.
     pub fn repeat_xdp(&self, ifindex: u32, packet: &[u8], repeat: u32) -> Duration {
-        let context = xdp_context(packet.len(), ifindex);
+        let context = xdp_context(0, packet.len(), ifindex);
         let mut options = TestRunOptions::new();
         options.data_in = Some(packet);
         options.ctx_in = Some(&context);
@@ -371,11 +413,15 @@ pub fn snat_indexes() -> std::ops::Range<u32> {
     size::SNAT_FIRST as u32 * maps::SNAT_SLOTS_PER_PORT..size::SNAT_SLOTS
 }
 
-/// `struct xdp_md` (include/uapi/linux/bpf.h) of a frame of `len` bytes.
-fn xdp_context(len: usize, ifindex: u32) -> [u8; 24] {
-    let mut context = [0u8; 24];
-    context[4..8].copy_from_slice(&(len as u32).to_ne_bytes()); // data_end
-    context[12..16].copy_from_slice(&ifindex.to_ne_bytes()); // ingress_ifindex
+/// Bytes of `struct xdp_md` (include/uapi/linux/bpf.h).
+const XDP_MD: usize = 24;
+
+/// `struct xdp_md` of a frame that begins at `data` and ends at `end`, with metadata in front.
+fn xdp_context(data: usize, end: usize, ifindex: u32) -> [u8; XDP_MD] {
+    let mut context = [0u8; XDP_MD];
+    context[0..4].copy_from_slice(&(data as u32).to_ne_bytes());
+    context[4..8].copy_from_slice(&(end as u32).to_ne_bytes());
+    context[12..16].copy_from_slice(&ifindex.to_ne_bytes());
     context
 }
 

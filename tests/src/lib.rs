@@ -9,6 +9,8 @@
 //!
 //! Nothing here is part of the product. Failures panic: the callers are tests.
 
+pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod packet;
 pub mod world;

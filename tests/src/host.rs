@@ -1,0 +1,340 @@
+//! The packet logic on this machine: the tables as memory of the test.
+//!
+//! Every place is a cell of a boxed slice that is exactly as long as the map or the frame, so that
+//! a memory checker sees the first byte beyond.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+
+use sluice_abi::{
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, NextHop, Pod,
+    ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+};
+use sluice_datapath::access::{At, Frame};
+use sluice_datapath::csum::{Sum, update, update_udp};
+use sluice_datapath::decide::{self, Answer};
+use sluice_datapath::env::Env;
+use sluice_datapath::verdict::Verdict;
+use sluice_datapath::{ingress, tc};
+
+use crate::world::{World, size};
+
+/// An array map.
+struct Table<T>(Box<[Cell<T>]>);
+
+impl<T: Copy> Table<T> {
+    fn new(values: &[T], len: u32, empty: T) -> Self {
+        assert!(values.len() <= len as usize, "more values than entries");
+        let cells = values.iter().copied().map(Cell::new);
+        let rest = (values.len()..len as usize).map(|_| Cell::new(empty));
+        Self(cells.chain(rest).collect())
+    }
+
+    fn at(&self, index: u32) -> Option<At<'_, T>> {
+        // SAFETY: a cell of the slice, which `self` keeps; one thread, and no reference to the
+        // content exists anywhere.
+        self.0.get(index as usize).map(|cell| unsafe { At::from_ptr(cell.as_ptr()) })
+    }
+
+    fn values(&self) -> Vec<T> {
+        self.0.iter().map(Cell::get).collect()
+    }
+}
+
+/// A hash map.
+struct Hash<K, V>(BTreeMap<K, Box<Cell<V>>>);
+
+impl<K: Ord + Copy, V: Copy> Hash<K, V> {
+    fn new(entries: &BTreeMap<K, V>) -> Self {
+        Self(entries.iter().map(|(k, v)| (*k, Box::new(Cell::new(*v)))).collect())
+    }
+
+    fn at(&self, key: &K) -> Option<At<'_, V>> {
+        // SAFETY: as in `Table::at`.
+        self.0.get(key).map(|cell| unsafe { At::from_ptr(cell.as_ptr()) })
+    }
+}
+
+/// The tables of one [`World`], and the state that grows in them.
+pub struct Host {
+    settings: Table<Settings>,
+    frontends: Hash<FrontendKey, Frontend>,
+    maglev: Table<u32>,
+    backends: Table<Backend>,
+    pods: Hash<Addr, Pod>,
+    vteps: Table<Vtep>,
+    vtep_sources: Hash<VtepKey, u32>,
+    tunnels: Table<Tunnel>,
+    next_hops: Table<NextHop>,
+    flows: Table<FlowSet>,
+    scratch: Table<Scratch>,
+    snat: Table<SnatSlot>,
+    reasons: Table<ReasonCounter>,
+    services: Table<ServiceCounter>,
+    backend_counters: Table<BackendCounter>,
+    /// Jiffies.
+    pub now: Cell<u32>,
+    locked: Cell<bool>,
+    clock_reads: Cell<u32>,
+    /// End every connection when the clock is read for the so-and-so-manieth time within one
+    /// frame: another CPU's doing, which cannot be timed in the kernel.
+    pub end_flows_at_clock_read: Cell<Option<u32>>,
+}
+
+/// What became of one frame.
+#[derive(Clone, Debug)]
+pub struct HostRan {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The frame afterwards.
+    pub bytes: Vec<u8>,
+    /// Interface that XDP asks TC to hand the frame to.
+    pub mark: Option<u32>,
+}
+
+impl Host {
+    /// The tables of `world`, and no connections.
+    pub fn new(world: &World) -> Self {
+        let sets = world.settings.flow_set_mask + 1;
+        Self {
+            settings: Table::new(&[world.settings], 1, Settings::default()),
+            frontends: Hash::new(&world.frontends),
+            maglev: Table::new(&world.maglev, size::MAGLEV, 0),
+            backends: Table::new(&world.backends, size::BACKENDS, Backend::default()),
+            pods: Hash::new(&world.pods),
+            vteps: Table::new(&world.vteps, size::VTEPS, Vtep::default()),
+            vtep_sources: Hash::new(&world.vtep_sources),
+            tunnels: Table::new(&world.tunnels, sluice_abi::MAX_TUNNELS, Tunnel::default()),
+            next_hops: Table::new(&world.next_hops, size::NEXT_HOPS, NextHop::default()),
+            flows: Table::new(&[], sets, FlowSet::default()),
+            scratch: Table::new(&[], 1, Scratch::default()),
+            snat: Table::new(&[], size::SNAT_SLOTS, SnatSlot::FREE),
+            reasons: Table::new(
+                &[],
+                maps::REASON_SLOTS * Hook::ALL.len() as u32,
+                ReasonCounter::default(),
+            ),
+            services: Table::new(&[], size::SERVICES, ServiceCounter::default()),
+            backend_counters: Table::new(&[], size::BACKENDS, BackendCounter::default()),
+            now: Cell::new(1_000_000),
+            locked: Cell::new(false),
+            clock_reads: Cell::new(0),
+            end_flows_at_clock_read: Cell::new(None),
+        }
+    }
+
+    /// Runs the program of `hook` on one frame with `head_room` bytes in front of it.
+    pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8], head_room: usize) -> HostRan {
+        self.clock_reads.set(0);
+        let mut frame = HostFrame::new(packet, head_room, ifindex);
+        let verdict = match hook {
+            Hook::Xdp => ingress::xdp(self, &mut frame),
+            Hook::TcIngress => tc::ingress(self, &mut frame),
+            Hook::TcEgress => tc::egress(self, &mut frame),
+        };
+        assert!(!self.locked.get(), "a lock was kept");
+        HostRan { verdict, bytes: frame.bytes(), mark: frame.mark }
+    }
+
+    /// Replaces the settings.
+    pub fn write_settings(&self, settings: &Settings) {
+        self.settings.0[0].set(*settings);
+    }
+
+    /// Sets of the flow table.
+    pub fn flow_sets(&self) -> Vec<FlowSet> {
+        self.flows.values()
+    }
+
+    /// Writes a set of the flow table.
+    pub fn set_flow_set(&self, index: u32, set: FlowSet) {
+        self.flows.0[index as usize].set(set);
+    }
+
+    /// Writes an entry of the SNAT table.
+    pub fn set_snat(&self, index: u32, slot: SnatSlot) {
+        self.snat.0[index as usize].set(slot);
+    }
+
+    /// Writes a backend.
+    pub fn set_backend(&self, id: u32, backend: Backend) {
+        self.backends.0[id as usize].set(backend);
+    }
+
+    /// Every SNAT slot that is not free.
+    pub fn snat_slots(&self) -> Vec<(u32, SnatSlot)> {
+        let slots = self.snat.values().into_iter().enumerate();
+        slots.filter(|(_, s)| *s != SnatSlot::FREE).map(|(i, s)| (i as u32, s)).collect()
+    }
+
+    /// The count of a reason at a hook.
+    pub fn reason(&self, hook: Hook, reason: u32) -> ReasonCounter {
+        self.reasons.0[(hook as u32 * maps::REASON_SLOTS + reason) as usize].get()
+    }
+
+    /// The counters of a Service.
+    pub fn service(&self, id: u32) -> ServiceCounter {
+        self.services.0[id as usize].get()
+    }
+
+    /// The counters of a backend.
+    pub fn backend(&self, id: u32) -> BackendCounter {
+        self.backend_counters.0[id as usize].get()
+    }
+
+    /// Sets every counter to zero.
+    pub fn clear_counters(&self) {
+        self.reasons.0.iter().for_each(|c| c.set(ReasonCounter::default()));
+        self.services.0.iter().for_each(|c| c.set(ServiceCounter::default()));
+        self.backend_counters.0.iter().for_each(|c| c.set(BackendCounter::default()));
+    }
+
+    fn end_all_flows(&self) {
+        for cell in &self.flows.0 {
+            let mut set = cell.get();
+            set.tags = Default::default();
+            cell.set(set);
+        }
+    }
+
+    /// The verifier refuses every helper call between lock and unlock; so does this.
+    fn unlocked(&self) -> &Self {
+        assert!(!self.locked.get(), "a table was asked for under a lock");
+        self
+    }
+}
+
+impl Env for Host {
+    type Lock = u32;
+
+    fn settings(&self) -> Option<At<'_, Settings>> {
+        self.unlocked().settings.at(0)
+    }
+    fn frontend(&self, key: &FrontendKey) -> Option<At<'_, Frontend>> {
+        self.unlocked().frontends.at(key)
+    }
+    fn maglev(&self, index: u32) -> Option<At<'_, u32>> {
+        self.unlocked().maglev.at(index)
+    }
+    fn backend(&self, id: u32) -> Option<At<'_, Backend>> {
+        self.unlocked().backends.at(id)
+    }
+    fn pod(&self, addr: &Addr) -> Option<At<'_, Pod>> {
+        self.unlocked().pods.at(addr)
+    }
+    fn vtep(&self, index: u32) -> Option<At<'_, Vtep>> {
+        self.unlocked().vteps.at(index)
+    }
+    fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>> {
+        self.unlocked().vtep_sources.at(key)
+    }
+    fn tunnel(&self, index: u32) -> Option<At<'_, Tunnel>> {
+        self.unlocked().tunnels.at(index)
+    }
+    fn next_hop(&self, index: u32) -> Option<At<'_, NextHop>> {
+        self.unlocked().next_hops.at(index)
+    }
+    fn flow_set(&self, index: u32) -> Option<At<'_, FlowSet>> {
+        self.unlocked().flows.at(index)
+    }
+    fn scratch(&self) -> Option<At<'_, Scratch>> {
+        self.unlocked().scratch.at(0)
+    }
+    fn decide(&self) -> Answer {
+        decide::answer(self.unlocked())
+    }
+    fn flow_lock(&self, set: u32) -> Option<Self::Lock> {
+        self.unlocked();
+        (set < maps::FLOW_LOCKS).then_some(set)
+    }
+    fn lock(&self, _lock: Self::Lock) {
+        self.unlocked().locked.set(true);
+    }
+    fn unlock(&self, _lock: Self::Lock) {
+        assert!(self.locked.replace(false), "unlocked what was not locked");
+    }
+    fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>> {
+        self.unlocked().snat.at(index)
+    }
+    fn now(&self) -> u32 {
+        self.unlocked();
+        self.clock_reads.set(self.clock_reads.get() + 1);
+        if self.end_flows_at_clock_read.get() == Some(self.clock_reads.get()) {
+            self.end_all_flows();
+        }
+        self.now.get()
+    }
+    fn reason_counter(&self, index: u32) -> Option<At<'_, ReasonCounter>> {
+        self.unlocked().reasons.at(index)
+    }
+    fn service_counter(&self, service: u32) -> Option<At<'_, ServiceCounter>> {
+        self.unlocked().services.at(service)
+    }
+    fn backend_counter(&self, backend: u32) -> Option<At<'_, BackendCounter>> {
+        self.unlocked().backend_counters.at(backend)
+    }
+}
+
+/// Bytes that a mark for TC takes in front of a frame.
+const MARK: usize = 8;
+
+/// A frame in memory that ends with its last byte.
+struct HostFrame {
+    buffer: Box<[Cell<u8>]>,
+    start: usize,
+    ifindex: u32,
+    mark: Option<u32>,
+}
+
+impl HostFrame {
+    fn new(packet: &[u8], head_room: usize, ifindex: u32) -> Self {
+        let room = std::iter::repeat_n(0xaa, head_room);
+        let buffer = room.chain(packet.iter().copied()).map(Cell::new).collect();
+        Self { buffer, start: head_room, ifindex, mark: None }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.buffer[self.start..].iter().map(Cell::get).collect()
+    }
+}
+
+// SAFETY: `start..end` is the rest of `buffer`, which is never reallocated; only `adjust_head`
+// (`&mut self`) moves the start, and within the buffer.
+unsafe impl Frame for HostFrame {
+    fn start(&self) -> *mut u8 {
+        self.buffer[self.start..].as_ptr().cast::<u8>().cast_mut()
+    }
+    fn end(&self) -> *mut u8 {
+        self.buffer[self.buffer.len()..].as_ptr().cast::<u8>().cast_mut()
+    }
+    fn adjust_head(&mut self, delta: i32) -> bool {
+        let Some(start) = self.start.checked_add_signed(delta as isize) else { return false };
+        // As the kernel: an Ethernet header must remain.
+        if start + 14 > self.buffer.len() {
+            return false;
+        }
+        self.start = start;
+        true
+    }
+    fn hand_over_mark(&mut self, ifindex: u32) -> bool {
+        if self.start < MARK {
+            return false;
+        }
+        self.mark = Some(ifindex);
+        true
+    }
+    fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool {
+        let at = self.start + offset;
+        let Some([high, low]) = self.buffer.get(at..at + 2) else { return false };
+        let old = u16::from_ne_bytes([high.get(), low.get()]);
+        let delta = Sum(addresses as u64).add16(ports).fold();
+        let new = if udp { update_udp(old, delta) } else { update(old, delta) };
+        let [a, b] = new.to_ne_bytes();
+        high.set(a);
+        low.set(b);
+        true
+    }
+    fn ingress_ifindex(&self) -> u32 {
+        self.ifindex
+    }
+}

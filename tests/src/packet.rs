@@ -1,0 +1,270 @@
+//! Packets, built and summed up here and by pnet, never by the datapath under test.
+//!
+//! A [`Packet`] is a description; [`Packet::bytes`] computes every length and every checksum from
+//! nothing. What the datapath makes by differences must equal what is made here from the whole.
+
+use pnet::packet::ip::IpNextHeaderProtocol;
+use pnet::packet::util;
+use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Mac};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::world::mac;
+
+/// TCP control bits (RFC 9293 section 3.1).
+pub mod tcp {
+    /// FIN.
+    pub const FIN: u8 = 0x01;
+    /// SYN.
+    pub const SYN: u8 = 0x02;
+    /// RST.
+    pub const RST: u8 = 0x04;
+    /// PSH.
+    pub const PSH: u8 = 0x08;
+    /// ACK.
+    pub const ACK: u8 = 0x10;
+}
+
+/// An Ethernet frame with an IP packet of TCP or UDP.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    /// Ethernet source.
+    pub eth_src: Mac,
+    /// Ethernet destination.
+    pub eth_dst: Mac,
+    /// IP source.
+    pub src: Addr,
+    /// IP destination.
+    pub dst: Addr,
+    /// TCP or UDP; anything else has a payload only.
+    pub proto: u8,
+    /// Source port.
+    pub src_port: u16,
+    /// Destination port.
+    pub dst_port: u16,
+    /// TTL or hop limit.
+    pub hop_limit: u8,
+    /// Type of service or traffic class.
+    pub class: u8,
+    /// IPv4 identification.
+    pub id: u16,
+    /// IPv4 flags and fragment offset.
+    pub fragment: u16,
+    /// TCP control bits.
+    pub flags: u8,
+    /// TCP options, a multiple of four bytes.
+    pub options: Vec<u8>,
+    /// UDP without a checksum.
+    pub no_checksum: bool,
+    /// What follows the transport header.
+    pub payload: Vec<u8>,
+}
+
+impl Packet {
+    /// A frame from the gateway to the uplink.
+    pub fn new(proto: u8, src: (Addr, u16), dst: (Addr, u16)) -> Self {
+        Self {
+            eth_src: mac::GATEWAY,
+            eth_dst: mac::UPLINK,
+            src: src.0,
+            dst: dst.0,
+            proto,
+            src_port: src.1,
+            dst_port: dst.1,
+            hop_limit: 61,
+            class: 0,
+            id: 0x1234,
+            fragment: 0x4000,
+            flags: tcp::SYN,
+            options: Vec::new(),
+            no_checksum: false,
+            payload: b"an odd number of bytes".to_vec(),
+        }
+    }
+
+    /// The packet with other link-layer addresses.
+    pub fn eth(mut self, src: Mac, dst: Mac) -> Self {
+        (self.eth_src, self.eth_dst) = (src, dst);
+        self
+    }
+
+    /// The packet from another source.
+    pub fn from(mut self, src: Addr, port: u16) -> Self {
+        (self.src, self.src_port) = (src, port);
+        self
+    }
+
+    /// The packet to another destination.
+    pub fn to(mut self, dst: Addr, port: u16) -> Self {
+        (self.dst, self.dst_port) = (dst, port);
+        self
+    }
+
+    /// The packet with other TCP control bits.
+    pub fn flags(mut self, flags: u8) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    /// The packet with another hop limit.
+    pub fn hop_limit(mut self, hop_limit: u8) -> Self {
+        self.hop_limit = hop_limit;
+        self
+    }
+
+    /// One hop further.
+    pub fn hop(self) -> Self {
+        let hop_limit = self.hop_limit - 1;
+        self.hop_limit(hop_limit)
+    }
+
+    /// The packet with another payload.
+    pub fn payload(mut self, payload: Vec<u8>) -> Self {
+        self.payload = payload;
+        self
+    }
+
+    /// The answer: addresses and ports exchanged on every layer.
+    pub fn answer(mut self) -> Self {
+        std::mem::swap(&mut self.eth_src, &mut self.eth_dst);
+        std::mem::swap(&mut self.src, &mut self.dst);
+        std::mem::swap(&mut self.src_port, &mut self.dst_port);
+        if self.proto == IPPROTO_TCP {
+            self.flags = if self.flags & tcp::SYN != 0 { tcp::SYN | tcp::ACK } else { tcp::ACK };
+        }
+        self
+    }
+
+    /// The family.
+    pub fn family(&self) -> Family {
+        self.dst.family()
+    }
+
+    /// Transport header and payload.
+    fn segment(&self) -> Vec<u8> {
+        let mut segment = Vec::new();
+        match self.proto {
+            IPPROTO_TCP => {
+                segment.extend(self.src_port.to_be_bytes());
+                segment.extend(self.dst_port.to_be_bytes());
+                segment.extend(0x0102_0304u32.to_be_bytes());
+                segment.extend(0x0506_0708u32.to_be_bytes());
+                segment.push(((20 + self.options.len()) as u8 / 4) << 4);
+                segment.push(self.flags);
+                segment.extend(0xfaf0u16.to_be_bytes());
+                segment.extend([0; 4]);
+                segment.extend(&self.options);
+                segment.extend(&self.payload);
+                let sum = self.checksum(&segment, 8);
+                segment[16..18].copy_from_slice(&sum.to_be_bytes());
+            }
+            IPPROTO_UDP => {
+                segment.extend(self.src_port.to_be_bytes());
+                segment.extend(self.dst_port.to_be_bytes());
+                segment.extend((8 + self.payload.len() as u16).to_be_bytes());
+                segment.extend([0; 2]);
+                segment.extend(&self.payload);
+                if !self.no_checksum {
+                    let sum = match self.checksum(&segment, 3) {
+                        0 => 0xffff,
+                        sum => sum,
+                    };
+                    segment[6..8].copy_from_slice(&sum.to_be_bytes());
+                }
+            }
+            _ => segment.extend(&self.payload),
+        }
+        segment
+    }
+
+    fn checksum(&self, segment: &[u8], skip_word: usize) -> u16 {
+        let proto = IpNextHeaderProtocol(self.proto);
+        match (self.src.to_ip(), self.dst.to_ip()) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                util::ipv4_checksum(segment, skip_word, &[], &src, &dst, proto)
+            }
+            _ => {
+                let (src, dst) = (Ipv6Addr::from(self.src.0), Ipv6Addr::from(self.dst.0));
+                util::ipv6_checksum(segment, skip_word, &[], &src, &dst, proto)
+            }
+        }
+    }
+
+    /// The frame.
+    ///
+    /// # Panics
+    /// If the addresses are of two families.
+    pub fn bytes(&self) -> Vec<u8> {
+        assert_eq!(self.src.family(), self.dst.family());
+        let segment = self.segment();
+        let mut frame = Vec::new();
+        frame.extend(self.eth_dst.0);
+        frame.extend(self.eth_src.0);
+        match self.family() {
+            Family::V4 => {
+                frame.extend([0x08, 0x00]);
+                let mut header = vec![0x45, self.class];
+                header.extend((20 + segment.len() as u16).to_be_bytes());
+                header.extend(self.id.to_be_bytes());
+                header.extend(self.fragment.to_be_bytes());
+                header.extend([self.hop_limit, self.proto, 0, 0]);
+                header.extend(Ipv4Addr::from(self.src.v4_bytes()).octets());
+                header.extend(Ipv4Addr::from(self.dst.v4_bytes()).octets());
+                let sum = util::checksum(&header, 5);
+                header[10..12].copy_from_slice(&sum.to_be_bytes());
+                frame.extend(header);
+            }
+            Family::V6 => {
+                frame.extend([0x86, 0xdd]);
+                frame.extend((6 << 28 | u32::from(self.class) << 20).to_be_bytes());
+                frame.extend((segment.len() as u16).to_be_bytes());
+                frame.extend([self.proto, self.hop_limit]);
+                frame.extend(self.src.0);
+                frame.extend(self.dst.0);
+            }
+        }
+        frame.extend(segment);
+        frame
+    }
+}
+
+/// The VXLAN header (RFC 7348 section 5) with the I flag, and an inner frame: an outer payload.
+pub fn vxlan(vni: u32, inner: &[u8]) -> Vec<u8> {
+    let mut payload = 0x0800_0000u32.to_be_bytes().to_vec();
+    payload.extend((vni << 8).to_be_bytes());
+    payload.extend(inner);
+    payload
+}
+
+/// Bytes of the headers of `family` up to the transport header.
+pub fn l4_offset(family: Family) -> usize {
+    match family {
+        Family::V4 => 14 + 20,
+        Family::V6 => 14 + 40,
+    }
+}
+
+/// The family of a frame by its EtherType; nothing if it is neither.
+pub fn family_of(frame: &[u8]) -> Option<Family> {
+    match frame.get(12..14)? {
+        [0x08, 0x00] => Some(Family::V4),
+        [0x86, 0xdd] => Some(Family::V6),
+        _ => None,
+    }
+}
+
+/// Source port of a frame with plain headers.
+///
+/// # Panics
+/// If it is not long enough.
+pub fn src_port(frame: &[u8]) -> u16 {
+    let at = l4_offset(family_of(frame).expect("an IP packet"));
+    u16::from_be_bytes([frame[at], frame[at + 1]])
+}
+
+/// The frame inside a VXLAN packet with plain headers.
+///
+/// # Panics
+/// If it is not long enough.
+pub fn inner(frame: &[u8]) -> &[u8] {
+    &frame[l4_offset(family_of(frame).expect("an IP packet")) + 16..]
+}

@@ -1,0 +1,125 @@
+//! Services from outside and from pods, to endpoints on this node and on another.
+
+use std::net::{IpAddr, SocketAddr};
+
+use sluice_lab::plan::{CLIENT_V4, CLIENT_V6};
+use sluice_lab::{Family, LabSpec, Mode, RpFilter};
+
+use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, Service, delta, drops};
+
+const LOCAL: Service = Service { name: "local", number: 1 };
+const REMOTE: Service = Service { name: "remote", number: 2 };
+const BOTH: Service = Service { name: "both", number: 3 };
+/// Several thousand full-sized segments.
+const LARGE: usize = 6_000_000;
+
+fn bed(mode: Mode, spec: &LabSpec, delivery: &'static str) -> Bed {
+    let objects = [
+        ("local.yaml", LOCAL.objects(spec, &["pod1-1"])),
+        ("remote.yaml", REMOTE.objects(spec, &["pod2-1"])),
+        ("both.yaml", BOTH.objects(spec, &["pod1-1", "pod2-1"])),
+    ];
+    Bed::up(spec, Config { delivery, ..Config::new(mode) }, &objects)
+}
+
+/// The address that a pod must see as the client's: the client's own where the pod is on node1,
+/// node1's tunnel address where it is on another node.
+fn source(bed: &Bed, service: Service, family: Family) -> IpAddr {
+    match (service.name, family) {
+        ("local", Family::V4) => CLIENT_V4.into(),
+        ("local", Family::V6) => CLIENT_V6.into(),
+        (_, Family::V4) => bed.node(1).tunnel_v4().into(),
+        (_, Family::V6) => bed.node(1).tunnel_v6().into(),
+    }
+}
+
+/// Small and large answers and echoes by NodePort and LoadBalancer address, and from a pod by
+/// ClusterIP. Every packet of the client is counted as translated.
+fn serves(bed: &Bed) {
+    for family in FAMILIES {
+        for (service, pod) in [(LOCAL, "pod1-1"), (REMOTE, "pod2-1")] {
+            let node = bed.node(1).address(family);
+            for (http, echo) in [
+                (service.load_balancer(family, HTTP), service.load_balancer(family, ECHO)),
+                (
+                    SocketAddr::new(node, service.http_node_port()),
+                    SocketAddr::new(node, service.echo_node_port()),
+                ),
+            ] {
+                let (before, packets) = (bed.counters(), bed.packets("client"));
+                let answer = bed.ask("client", http);
+                assert_eq!(answer.pod, pod, "{http}");
+                assert_eq!(answer.client, source(bed, service, family), "{http}");
+                assert_eq!(answer.local, bed.pod(pod).address(family), "{http}");
+                assert_large_body(bed, "client", http);
+                for _ in 0..4 {
+                    assert_eq!(bed.ask_udp("client", echo), pod, "{echo}");
+                }
+                let packets = bed.packets("client") - packets;
+                let counted = delta(bed, &before);
+                let name = format!("shop/{}", service.name);
+                let (http_there, http_back) = counted.service_port(&name, "http", HTTP);
+                let (echo_there, echo_back) = counted.service_port(&name, "echo", ECHO);
+                assert!(http_there + echo_there >= packets.sent, "{packets:?} {counted:#?}");
+                // The client merges what it receives; the wire cannot carry it in fewer packets.
+                let fewest = packets.received.max((LARGE / 1500) as u64);
+                assert!(http_back + echo_back >= fewest, "{fewest} {counted:#?}");
+                assert!(drops(&counted).is_empty(), "{http}: {:?}", drops(&counted));
+            }
+        }
+        for (service, pod) in [(LOCAL, "pod1-1"), (REMOTE, "pod2-1")] {
+            let http = SocketAddr::new(service.cluster_ip(family), HTTP);
+            let answer = bed.ask("pod1-2", http);
+            assert_eq!(answer.pod, pod, "{http} from a pod");
+            assert_eq!(answer.client, bed.pod("pod1-2").address(family), "{http} from a pod");
+            assert_large_body(bed, "pod1-2", http);
+            let echo = SocketAddr::new(service.cluster_ip(family), ECHO);
+            assert_eq!(bed.ask_udp("pod1-2", echo), pod, "{echo} from a pod");
+        }
+        let spread = bed.ask_often("client", BOTH.load_balancer(family, HTTP), 16);
+        assert_eq!(spread.len(), 2, "both endpoints are used: {spread:?}");
+    }
+}
+
+/// Downloads [`LARGE`] bytes and compares each with the server's pattern.
+fn assert_large_body(bed: &Bed, from: &str, target: SocketAddr) {
+    let body = bed.curl(from, target, &format!("/bytes/{LARGE}"));
+    assert_eq!(body.len(), LARGE, "{target}");
+    // The server counts bytes up in blocks of 64 KiB.
+    let wrong = body.iter().zip((0..=255u8).cycle()).position(|(got, want)| *got != want);
+    assert_eq!(wrong, None, "{target}: the first wrong byte");
+}
+
+#[test]
+fn native_serves_local_and_remote_backends_by_redirect() {
+    let spec = LabSpec { rp_filter: RpFilter::Strict, ..LabSpec::kernel_only(2, 2) };
+    serves(&bed(Mode::Native, &spec, "redirect"));
+}
+
+#[test]
+fn native_serves_local_and_remote_backends_by_the_stack() {
+    serves(&bed(Mode::Native, &LabSpec::kernel_only(2, 2), "stack"));
+}
+
+#[test]
+fn generic_serves_local_and_remote_backends_by_redirect() {
+    serves(&bed(Mode::Generic, &LabSpec::kernel_only(2, 2), "redirect"));
+}
+
+#[test]
+fn generic_serves_local_and_remote_backends_by_the_stack() {
+    let spec = LabSpec { rp_filter: RpFilter::Strict, ..LabSpec::kernel_only(2, 2) };
+    serves(&bed(Mode::Generic, &spec, "stack"));
+}
+
+#[test]
+fn native_serves_remote_backends_over_an_ipv6_underlay() {
+    let spec = LabSpec { underlay: Family::V6, ..LabSpec::kernel_only(2, 2) };
+    serves(&bed(Mode::Native, &spec, "auto"));
+}
+
+#[test]
+fn generic_serves_remote_backends_over_an_ipv6_underlay() {
+    let spec = LabSpec { underlay: Family::V6, ..LabSpec::kernel_only(2, 2) };
+    serves(&bed(Mode::Generic, &spec, "auto"));
+}

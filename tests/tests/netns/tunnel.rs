@@ -1,0 +1,161 @@
+//! Pods of different nodes: the kernel's vxlan device on node2, the datapath's decapsulation on
+//! node1.
+
+use std::net::IpAddr;
+use std::process::Command;
+
+use serde_json::Value;
+use sluice_lab::{Family, LabSpec, Mode, RpFilter, plan};
+
+use crate::bed::{Bed, Config, FAMILIES, NODE, delta, drops, wait};
+
+const HERE: &str = "pod1-1";
+const THERE: &str = "pod2-1";
+const IPERF_PORT: &str = "5201";
+
+/// One corner of the configurations.
+struct Corner {
+    mode: Mode,
+    underlay: Family,
+    rp_filter: RpFilter,
+    delivery: &'static str,
+}
+
+impl Corner {
+    fn bed(&self) -> Bed {
+        let spec = LabSpec {
+            underlay: self.underlay,
+            rp_filter: self.rp_filter,
+            ..LabSpec::kernel_only(2, 1)
+        };
+        let config = Config { delivery: self.delivery, ..Config::new(self.mode) };
+        let bed = Bed::up(&spec, config, &[]);
+        let status = bed.status();
+        assert_eq!(status["mode"][plan::UPLINK], self.mode.as_str(), "{status:#}");
+        let by_stack = status["stack_delivery"].as_object().is_some_and(|s| s.contains_key("pod1"));
+        assert_eq!(by_stack, self.delivery == "stack", "{status:#}");
+        bed
+    }
+
+    /// Pings of every size and iperf3, both ways and in both families; every packet that comes out
+    /// of the tunnel at node1 is counted by the datapath.
+    fn carries_everything(&self) {
+        let mut bed = self.bed();
+        for family in FAMILIES {
+            let (here, there) = (bed.pod(HERE).address(family), bed.pod(THERE).address(family));
+            self.pings(&bed, HERE, there);
+            self.pings(&bed, THERE, here);
+        }
+        for pod in [HERE, THERE] {
+            let host = bed.lab.host(pod).expect("a pod");
+            let mut server = Command::new("iperf3");
+            server.args(["--server", "--port", IPERF_PORT]);
+            bed.lab.spawn(&host, "iperf3 server", &mut server).expect("iperf3");
+        }
+        for family in FAMILIES {
+            // In one run both ends send; each of the two has been the one that connects.
+            iperf(&bed, HERE, bed.pod(THERE).address(family), &[]);
+            iperf(&bed, THERE, bed.pod(HERE).address(family), &["--udp", "--bitrate", "10M"]);
+        }
+    }
+
+    /// From nothing to the MTU, with DF set; then one that must be cut into fragments.
+    fn pings(&self, bed: &Bed, from: &str, to: IpAddr) {
+        const COUNT: usize = 3;
+        // IPv4 20 or IPv6 40 bytes, ICMP 8.
+        let headers = if to.is_ipv4() { 28 } else { 48 };
+        let full = usize::from(plan::pod_mtu(self.underlay)) - headers;
+        for size in [0, 1, 56, 512, full - 1, full] {
+            let before = bed.counters();
+            bed.ping(from, to, size, COUNT, &["-M", "do"]);
+            // Requests or replies: what comes to node1 comes out of the tunnel.
+            let decapsulated = delta(bed, &before).reason("decap_local");
+            assert_eq!(decapsulated, COUNT as u64, "ping -s {size} from {from} to {to}");
+        }
+        bed.ping(from, to, 2 * full, COUNT, &["-M", "dont"]);
+    }
+}
+
+/// Two seconds of traffic in both directions at once.
+fn iperf(bed: &Bed, from: &str, to: IpAddr, more: &[&str]) {
+    let to = to.to_string();
+    let mut args = vec!["--client", &to, "--port", IPERF_PORT, "--time", "2", "--bidir", "--json"];
+    args.extend(more);
+    let before = bed.counters();
+    // The server may still be starting, or be busy with the end of the run before.
+    let result = wait("iperf3", || {
+        let (_, text) = bed.try_run(from, "iperf3", &args);
+        let json: Value = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
+        match json["error"].as_str() {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(json),
+        }
+    });
+    let counted = delta(bed, &before);
+    let decapsulated = counted.reason("decap_local");
+    let here_receives = if from == HERE { "sum_received_bidir_reverse" } else { "sum_received" };
+    for sum in ["sum_received", "sum_received_bidir_reverse"] {
+        let bytes = result["end"][sum]["bytes"].as_u64().unwrap_or_default();
+        assert!(bytes > 1_000_000, "iperf3 {args:?} from {from}: {sum} {bytes} bytes");
+        let lost = result["end"][sum]["lost_percent"].as_f64().unwrap_or_default();
+        assert!(lost < 5.0, "iperf3 {args:?} from {from}: {sum} lost {lost} %");
+        // The pod's kernel merges packets; the wire cannot carry the bytes in fewer.
+        let fewest = bytes / u64::from(plan::UNDERLAY_MTU);
+        assert!(
+            sum != here_receives || decapsulated >= fewest,
+            "iperf3 {args:?} from {from}: {bytes} bytes came to {HERE}, {NODE} decapsulated \
+             {decapsulated} packets: some went round the datapath"
+        );
+    }
+    assert!(drops(&counted).is_empty(), "iperf3 {args:?}: {:?}", drops(&counted));
+}
+
+// Eight corners cover every pair of settings.
+
+#[test]
+fn native_v4_underlay_redirect_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V4, RpFilter::Off);
+    Corner { mode: Mode::Native, underlay, rp_filter, delivery: "redirect" }.carries_everything();
+}
+
+#[test]
+fn native_v4_underlay_stack_strict_rp_filter_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V4, RpFilter::Strict);
+    Corner { mode: Mode::Native, underlay, rp_filter, delivery: "stack" }.carries_everything();
+}
+
+#[test]
+fn native_v6_underlay_redirect_strict_rp_filter_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V6, RpFilter::Strict);
+    Corner { mode: Mode::Native, underlay, rp_filter, delivery: "redirect" }.carries_everything();
+}
+
+#[test]
+fn native_v6_underlay_stack_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V6, RpFilter::Off);
+    Corner { mode: Mode::Native, underlay, rp_filter, delivery: "stack" }.carries_everything();
+}
+
+#[test]
+fn generic_v4_underlay_stack_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V4, RpFilter::Off);
+    Corner { mode: Mode::Generic, underlay, rp_filter, delivery: "stack" }.carries_everything();
+}
+
+#[test]
+fn generic_v4_underlay_redirect_strict_rp_filter_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V4, RpFilter::Strict);
+    Corner { mode: Mode::Generic, underlay, rp_filter, delivery: "redirect" }.carries_everything();
+}
+
+#[test]
+fn generic_v6_underlay_redirect_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V6, RpFilter::Off);
+    Corner { mode: Mode::Generic, underlay, rp_filter, delivery: "redirect" }.carries_everything();
+}
+
+#[test]
+fn generic_v6_underlay_stack_strict_rp_filter_carries_pod_to_pod_traffic_and_counts_it() {
+    let (underlay, rp_filter) = (Family::V6, RpFilter::Strict);
+    Corner { mode: Mode::Generic, underlay, rp_filter, delivery: "stack" }.carries_everything();
+}
