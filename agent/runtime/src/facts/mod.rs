@@ -85,6 +85,9 @@ impl Collector {
             facts.pod_devices.iter().any(|l| config.delivery_of(&l.name) != DeliveryChoice::Stack);
         if wants_ends {
             self.choose_delivery(&mut facts, config);
+        } else {
+            let configured = |link: &Link| (link.name.clone(), "configured".to_owned());
+            facts.stack_reasons = facts.pod_devices.iter().map(configured).collect();
         }
         facts.kernel = kernel;
         Ok(facts)
