@@ -310,7 +310,12 @@ impl Bed {
     }
 
     /// Asks `count` times and counts the answers by pod.
-    pub fn ask_often(&self, from: &str, target: SocketAddr, count: usize) -> BTreeMap<String, usize> {
+    pub fn ask_often(
+        &self,
+        from: &str,
+        target: SocketAddr,
+        count: usize,
+    ) -> BTreeMap<String, usize> {
         let mut pods = BTreeMap::new();
         for _ in 0..count {
             *pods.entry(self.ask(from, target).pod).or_default() += 1;
