@@ -1,7 +1,8 @@
-//! Builds the BPF object that the agent carries; its path is `env!("SLUICE_BPF_OBJECT")`.
+//! Builds the BPF objects that the agent carries: its own and the wrapper of `sluice bench`. Their
+//! paths are `env!("SLUICE_BPF_OBJECT")` and `env!("SLUICE_BPF_BENCH_OBJECT")`.
 
 use sluice_bpf_build::Variant;
 
 fn main() {
-    sluice_bpf_build::run(&[Variant::Product]);
+    sluice_bpf_build::run(&[Variant::Product, Variant::Bench]);
 }

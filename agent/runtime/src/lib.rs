@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod attach;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod describe;

@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod addr;
+mod bench;
 mod counters;
 mod flow;
 pub mod maps;
@@ -26,6 +27,7 @@ mod settings;
 mod tables;
 
 pub use addr::{Addr, Be16, Be32, Family, Mac};
+pub use bench::{BENCH_MORE_WORDS, BENCH_RUN, BENCH_TARGETS, BENCH_WORDS, BenchRun, BenchTarget};
 pub use counters::{BackendCounter, Hook, ReasonCounter, ServiceCounter};
 pub use flow::{
     Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Scratch, SnatSlot, flow_state,

@@ -38,6 +38,9 @@ pub enum Variant {
     /// The same source with the cargo feature `trap`: helpers that the established path may not
     /// call are counted. For tests only.
     Trap,
+    /// The wrapper with which `sluice bench progrun` measures the product's object: programs of its
+    /// own, in an object of its own.
+    Bench,
 }
 
 impl Variant {
@@ -47,6 +50,7 @@ impl Variant {
         match self {
             Self::Product => "SLUICE_BPF_OBJECT",
             Self::Trap => "SLUICE_BPF_TRAP_OBJECT",
+            Self::Bench => "SLUICE_BPF_BENCH_OBJECT",
         }
     }
 
@@ -55,13 +59,22 @@ impl Variant {
         match self {
             Self::Product => "sluice.bpf.o",
             Self::Trap => "sluice-trap.bpf.o",
+            Self::Bench => "sluice-bench.bpf.o",
         }
     }
 
     const fn features(self) -> Option<&'static str> {
         match self {
-            Self::Product => None,
+            Self::Product | Self::Bench => None,
             Self::Trap => Some("trap"),
+        }
+    }
+
+    /// Which binary of `sluice-ebpf` is the object.
+    const fn binary(self) -> &'static str {
+        match self {
+            Self::Product | Self::Trap => "sluice-ebpf",
+            Self::Bench => "sluice-bench",
         }
     }
 }
@@ -142,9 +155,7 @@ pub fn run(variants: &[Variant]) {
                         println!("cargo::error=sluice-ebpf does not build for {target}, see below");
                         eprintln!("{text}");
                     }
-                    _ => text
-                        .lines()
-                        .for_each(|line| println!("cargo::error={line}")),
+                    _ => text.lines().for_each(|line| println!("cargo::error={line}")),
                 }
                 std::process::exit(1);
             }
@@ -160,11 +171,7 @@ fn build(variant: Variant) -> Result<PathBuf, Error> {
     let repo = repository();
     let out_dir = PathBuf::from(script_env("OUT_DIR")?);
     let big_endian = script_env("CARGO_CFG_TARGET_ENDIAN")? == "big";
-    let target = if big_endian {
-        "bpfeb-unknown-none"
-    } else {
-        "bpfel-unknown-none"
-    };
+    let target = if big_endian { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
     let arch = script_env("CARGO_CFG_TARGET_ARCH")?;
 
     watch(&repo);
@@ -180,23 +187,19 @@ fn build(variant: Variant) -> Result<PathBuf, Error> {
 
     let mut cargo = cargo_command(&repo, &tools, target, &arch.to_string_lossy());
     cargo.arg("--target-dir").arg(&target_dir);
+    cargo.args(["--bin", variant.binary()]);
     if let Some(features) = variant.features() {
         cargo.args(["--features", features]);
     }
-    let output = cargo
-        .output()
-        .map_err(|e| io_error("run", &tools.compiler.cargo, e))?;
+    let output = cargo.output().map_err(|e| io_error("run", &tools.compiler.cargo, e))?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Error::Build {
-            target: target.to_owned(),
-            stderr,
-        });
+        return Err(Error::Build { target: target.to_owned(), stderr });
     }
 
     forward_warnings(&output.stderr);
 
-    let built = target_dir.join(target).join("release").join("sluice-ebpf");
+    let built = target_dir.join(target).join("release").join(variant.binary());
     let object = out_dir.join(variant.file_name());
     fs::copy(&built, &object).map_err(|e| io_error("copy", &built, e))?;
     drop(lock);
@@ -207,13 +210,7 @@ fn build(variant: Variant) -> Result<PathBuf, Error> {
 
 /// The inner cargo's command line and environment.
 fn cargo_command(repo: &Path, tools: &Toolchain, target: &str, arch: &str) -> Command {
-    let Compiler {
-        cargo,
-        prefix_args,
-        rustc,
-        build_std,
-        ..
-    } = &tools.compiler;
+    let Compiler { cargo, prefix_args, rustc, build_std, .. } = &tools.compiler;
     let mut command = Command::new(cargo);
     command.args(prefix_args);
     clean_environment(&mut command);
@@ -274,10 +271,7 @@ fn forward_warnings(stderr: &[u8]) {
             continue;
         }
         let place = lines.next_if(|next| next.trim_start().starts_with("--> "));
-        println!(
-            "cargo::warning=sluice-ebpf: {line} {}",
-            place.unwrap_or_default().trim()
-        );
+        println!("cargo::warning=sluice-ebpf: {line} {}", place.unwrap_or_default().trim());
     }
 }
 
@@ -351,9 +345,7 @@ fn repository() -> PathBuf {
 /// `bpf` inside the outer target directory (which cargo marks with a `CACHEDIR.TAG`), so that the
 /// inner build survives a change of the build script; inside `OUT_DIR` when there is no mark.
 fn target_dir(out_dir: &Path) -> PathBuf {
-    let root = out_dir
-        .ancestors()
-        .find(|dir| dir.join("CACHEDIR.TAG").is_file());
+    let root = out_dir.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
     root.unwrap_or(out_dir).join("bpf")
 }
 
@@ -362,9 +354,5 @@ fn script_env(name: &'static str) -> Result<OsString, Error> {
 }
 
 fn io_error(what: &'static str, path: &Path, source: io::Error) -> Error {
-    Error::Io {
-        what,
-        path: path.to_path_buf(),
-        source,
-    }
+    Error::Io { what, path: path.to_path_buf(), source }
 }

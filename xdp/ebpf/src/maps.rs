@@ -35,8 +35,7 @@ pub static sl_maglev_v1: Array<u32, { maps::DEFAULT_MAGLEV as usize }, MMAPABLE>
 #[btf_map]
 pub static sl_backend_v1: Array<Backend, { maps::DEFAULT_BACKENDS as usize }> = Array::new();
 #[btf_map]
-pub static sl_pod_v1: HashMap<Addr, Pod, { maps::DEFAULT_PODS as usize }, GROWING> =
-    HashMap::new();
+pub static sl_pod_v1: HashMap<Addr, Pod, { maps::DEFAULT_PODS as usize }, GROWING> = HashMap::new();
 #[btf_map]
 pub static sl_vtep_v1: Array<Vtep, { maps::DEFAULT_VTEPS as usize }> = Array::new();
 #[btf_map]

@@ -152,7 +152,9 @@ impl Packet {
             template,
             len: self.frame.len() as u32,
             // Nothing behind the transport header is ever rewritten.
-            extended: u32::from(self.frame.len() - FRAME_LEN + ETH_LEN + 40 + TCP_LEN > BENCH_WORDS * 8),
+            extended: u32::from(
+                self.frame.len() - FRAME_LEN + ETH_LEN + 40 + TCP_LEN > BENCH_WORDS * 8,
+            ),
             next,
             flow_mask: flows.wrapping_sub(1),
             address_at: self.address_at as u32,

@@ -196,8 +196,8 @@ impl Scenario {
         Expected { action, reason, service, new: self.kind.is_new(), len }
     }
 
-    /// The packets that are measured. `snat_port` is where replies go ([`Kind::ReplyRemote`]).
-    pub fn packet(&self, snat_port: u16) -> Packet {
+    /// Packets from the client's side, or what stands for one.
+    pub fn request(&self, flags: u8) -> Packet {
         let family = self.family;
         let outside = |dst: Addr| Segment {
             dst_mac: UPLINK_MAC,
@@ -206,7 +206,7 @@ impl Scenario {
             dst,
             src_port: 0,
             dst_port: tables::SERVICE_PORT,
-            flags: if self.kind.is_new() { SYN } else { ACK },
+            flags,
         };
         let tunnelled = |src: Addr, dst: Addr| {
             let inner = Segment { dst_mac: TUNNEL_MAC, src_mac: PEER_MAC, src, ..outside(dst) };
@@ -214,38 +214,43 @@ impl Scenario {
         };
         let peer = tables::peer_client(family, self.kind.is_new());
         match self.kind {
-            Kind::Floor | Kind::Pass => {
-                Packet::plain(&outside(tables::elsewhere(family)), true)
-            }
+            Kind::Floor | Kind::Pass => Packet::plain(&outside(tables::elsewhere(family)), true),
             Kind::DnatLocal | Kind::DnatNew => {
                 Packet::plain(&outside(tables::local_vip(family)), true)
             }
-            Kind::DnatRemote => Packet::plain(&outside(tables::remote_vip(family)), true),
+            Kind::DnatRemote | Kind::ReplyRemote => {
+                Packet::plain(&outside(tables::remote_vip(family)), true)
+            }
             Kind::FloorHead | Kind::Decap => tunnelled(peer, tables::pod(family, 0)),
             Kind::Drop => tunnelled(tables::forged(family), tables::pod(family, 0)),
             Kind::DecapDnat | Kind::DecapDnatNew => tunnelled(peer, tables::local_vip(family)),
-            Kind::ReplyRemote => {
-                let inner = Segment {
-                    dst_mac: TUNNEL_MAC,
-                    src_mac: PEER_MAC,
-                    src: Addr::NONE,
-                    dst: tables::tunnel_addr(family),
-                    src_port: tables::BACKEND_PORT,
-                    dst_port: snat_port,
-                    flags: ACK,
-                };
-                Packet::plain(&inner, false).encapsulated(&tables::from_peer(family))
-            }
         }
     }
 
-    /// The packets that make the connections known beforehand, if that is needed.
-    pub fn opening(&self) -> Option<Packet> {
-        match self.kind {
-            Kind::DnatLocal | Kind::DnatRemote | Kind::DecapDnat => {
-                Some(self.with_flags(SYN))
-            }
-            _ => None,
-        }
+    /// The reply of `backend` to the connection whose source port became `port`.
+    pub fn reply(&self, backend: Addr, port: u16) -> Packet {
+        let inner = Segment {
+            dst_mac: TUNNEL_MAC,
+            src_mac: PEER_MAC,
+            src: backend,
+            dst: tables::tunnel_addr(self.family),
+            src_port: tables::BACKEND_PORT,
+            dst_port: port,
+            flags: ACK,
+        };
+        Packet::plain(&inner, false).encapsulated(&tables::from_peer(self.family))
+    }
+
+    /// Control bits of the packets that are measured.
+    pub const fn flags(&self) -> u8 {
+        if self.kind.is_new() { SYN } else { ACK }
+    }
+
+    /// Whether the connections must be known beforehand.
+    pub const fn needs_opening(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::DnatLocal | Kind::DnatRemote | Kind::DecapDnat | Kind::ReplyRemote
+        )
     }
 }

@@ -265,12 +265,7 @@ impl Tables {
         self.maglev.extend(ids.iter().cycle().take(size as usize));
         let addr = if remote { remote_vip(family) } else { local_vip(family) };
         self.frontends.push((
-            FrontendKey {
-                addr,
-                port: Be16::new(SERVICE_PORT),
-                proto: IPPROTO_TCP,
-                reserved: 0,
-            },
+            FrontendKey { addr, port: Be16::new(SERVICE_PORT), proto: IPPROTO_TCP, reserved: 0 },
             Frontend {
                 service: service(family, remote),
                 flags: frontend_flags::LOAD_BALANCER,

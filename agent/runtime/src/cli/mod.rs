@@ -14,6 +14,7 @@ use sluice_lab::{LabContext, LabError};
 
 use crate::agent::{self, AgentError};
 use crate::attach::{self, AttachError};
+use crate::bench::{self, BenchArgs, BenchError};
 use crate::config::{Config, ConfigError, DEFAULT_TOML};
 use crate::maps::{MapsError, Pins};
 use crate::run_dir::{RunDir, RunDirError};
@@ -39,6 +40,7 @@ Examples:
   sluice status                                          is it ready, in which mode, and why not a faster one
   sluice services                                        what is translated to what
   sluice counters --output json                          every packet, by verdict and reason
+  sluice bench progrun                                   what a packet costs on each path
   sluice lab demo                                        see it work: two nodes, a shop, real traffic
   sluice bypass on                                       every packet to the kernel, at once
   sluice cleanup --yes                                   remove everything that this instance put there";
@@ -81,6 +83,8 @@ enum Command {
     Config(ConfigCommand),
     /// A cluster in network namespaces on this machine, to try things out.
     Lab(LabArgs),
+    /// Measure what a packet costs on this machine. Nothing is attached.
+    Bench(BenchArgs),
     /// Pass every packet to the kernel, or stop doing so. Takes effect with the next packet.
     Bypass {
         /// What to do.
@@ -149,9 +153,12 @@ struct Show {
     output: Output,
 }
 
+/// How output looks.
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
-enum Output {
+pub enum Output {
+    /// For people.
     Table,
+    /// For programs.
     Json,
 }
 
@@ -179,6 +186,9 @@ pub enum CliError {
     /// The lab.
     #[error(transparent)]
     Lab(#[from] LabError),
+    /// A measurement.
+    #[error(transparent)]
+    Bench(#[from] BenchError),
     /// Nothing was done.
     #[error("nothing was removed; add --yes to do it")]
     NotConfirmed,
@@ -242,6 +252,11 @@ pub fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Lab(args) => {
             let context = LabContext { talk: true, ..LabContext::new(std::env::current_exe()?) };
             return Ok(sluice_lab::cli::run(&args, &context)?);
+        }
+        Command::Bench(args) => {
+            let (text, code) = bench::run(&args)?;
+            out(&text)?;
+            return Ok(code);
         }
         Command::Bypass { action, instance } => bypass(action, &instance)?,
         Command::Release(instance) => {
