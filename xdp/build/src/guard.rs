@@ -22,17 +22,12 @@ const PANIC_SECTION: &str = ".text.unlikely";
 /// [`Error::Refused`] with every finding, [`Error::NotElf`], [`Error::Io`].
 pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let data = fs::read(path).map_err(|e| io_error("read", path, e))?;
-    let findings = findings(&data).map_err(|source| Error::NotElf {
-        path: path.to_path_buf(),
-        source,
-    })?;
+    let findings =
+        findings(&data).map_err(|source| Error::NotElf { path: path.to_path_buf(), source })?;
     if findings.is_empty() {
         Ok(())
     } else {
-        Err(Error::Refused {
-            path: path.to_path_buf(),
-            findings,
-        })
+        Err(Error::Refused { path: path.to_path_buf(), findings })
     }
 }
 
@@ -86,20 +81,12 @@ fn calls<'a>(
     let mut calls = Vec::new();
     for (index, instruction) in section.data()?.chunks_exact(8).enumerate() {
         let offset = index as u64 * 8;
-        let source_register = if file.is_little_endian() {
-            instruction[1] >> 4
-        } else {
-            instruction[1] & 0xf
-        };
+        let source_register =
+            if file.is_little_endian() { instruction[1] >> 4 } else { instruction[1] & 0xf };
         if instruction[0] != CALL || source_register != PSEUDO_CALL {
             continue;
         }
-        let bytes = [
-            instruction[4],
-            instruction[5],
-            instruction[6],
-            instruction[7],
-        ];
+        let bytes = [instruction[4], instruction[5], instruction[6], instruction[7]];
         let distance = i64::from(if file.is_little_endian() {
             i32::from_le_bytes(bytes)
         } else {
@@ -170,16 +157,11 @@ mod tests {
 
     impl Elf {
         fn new() -> Self {
-            Self(Object::new(
-                BinaryFormat::Elf,
-                Architecture::Bpf,
-                Endianness::Little,
-            ))
+            Self(Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little))
         }
 
         fn section(&mut self, name: &str) -> SectionId {
-            self.0
-                .add_section(Vec::new(), name.into(), SectionKind::Text)
+            self.0.add_section(Vec::new(), name.into(), SectionKind::Text)
         }
 
         fn function(&mut self, section: SectionId, name: &str, code: &[[u8; 8]]) -> SymbolId {
@@ -198,18 +180,9 @@ mod tests {
         }
 
         fn relocate(&mut self, section: SectionId, offset: u64, symbol: SymbolId) {
-            let flags = RelocationFlags::Elf {
-                r_type: R_BPF_64_32,
-            };
-            let relocation = Relocation {
-                offset,
-                symbol,
-                addend: 0,
-                flags,
-            };
-            self.0
-                .add_relocation(section, relocation)
-                .expect("a BPF relocation");
+            let flags = RelocationFlags::Elf { r_type: R_BPF_64_32 };
+            let relocation = Relocation { offset, symbol, addend: 0, flags };
+            self.0.add_relocation(section, relocation).expect("a BPF relocation");
         }
 
         fn findings(self) -> Vec<String> {
@@ -249,9 +222,7 @@ mod tests {
             elf.function(xdp, "second", &[HELPER, call(-1), EXIT]);
             elf.relocate(xdp, 16, byte_loop);
             let findings = elf.findings();
-            let [finding] = findings.as_slice() else {
-                panic!("{name}: {findings:?}")
-            };
+            let [finding] = findings.as_slice() else { panic!("{name}: {findings:?}") };
             for word in ["section xdp", "function second", "0x10", name] {
                 assert!(finding.contains(word), "{word:?} is not in {finding:?}");
             }
@@ -264,11 +235,7 @@ mod tests {
             let mut elf = Elf::new();
             let text = elf.section(".text");
             for name in code {
-                let body = if name == "own" {
-                    [call(distance), EXIT]
-                } else {
-                    [HELPER, EXIT]
-                };
+                let body = if name == "own" { [call(distance), EXIT] } else { [HELPER, EXIT] };
                 elf.function(text, name, &body);
             }
             let findings = elf.findings();

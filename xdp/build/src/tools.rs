@@ -32,10 +32,7 @@ pub(crate) struct Compiler {
 
 impl Toolchain {
     pub(crate) fn find(repo: &Path, target: &str) -> Result<Self, Error> {
-        Ok(Self {
-            compiler: find_compiler(target)?,
-            linker: find_linker(repo)?,
-        })
+        Ok(Self { compiler: find_compiler(target)?, linker: find_linker(repo)? })
     }
 }
 
@@ -45,10 +42,8 @@ fn find_compiler(target: &str) -> Result<Compiler, Error> {
     let candidates = match &named {
         Some(path) => vec![path.clone()],
         None => {
-            let mut found: Vec<PathBuf> = env::var_os("RUSTC")
-                .map(PathBuf::from)
-                .into_iter()
-                .collect();
+            let mut found: Vec<PathBuf> =
+                env::var_os("RUSTC").map(PathBuf::from).into_iter().collect();
             found.extend(all_in_path("rustc"));
             // A package manager's compiler beside a rustup may be shadowed or not in PATH at all.
             found.push(PathBuf::from("/usr/bin/rustc"));
@@ -57,10 +52,7 @@ fn find_compiler(target: &str) -> Result<Compiler, Error> {
     };
     for rustc in candidates {
         let text = rustc.display().to_string();
-        if looked_at
-            .iter()
-            .any(|line: &String| line.starts_with(&text))
-        {
+        if looked_at.iter().any(|line: &String| line.starts_with(&text)) {
             continue;
         }
         match prebuilt_core(&rustc, target) {
@@ -82,10 +74,7 @@ fn find_compiler(target: &str) -> Result<Compiler, Error> {
             Err(reason) => looked_at.push(format!("rustup nightly: {reason}")),
         }
     }
-    Err(Error::NoCompiler {
-        target: target.to_owned(),
-        looked_at: looked_at.join("; "),
-    })
+    Err(Error::NoCompiler { target: target.to_owned(), looked_at: looked_at.join("; ") })
 }
 
 /// Whether `rustc` comes with a compiled `core` for `target`; rustc prints the directory's name
@@ -99,25 +88,15 @@ fn prebuilt_core(rustc: &Path, target: &str) -> Result<(), String> {
             name.starts_with("libcore-") && name.ends_with(".rlib")
         })
     });
-    if has_core {
-        Ok(())
-    } else {
-        Err("no prebuilt core for this target".to_owned())
-    }
+    if has_core { Ok(()) } else { Err("no prebuilt core for this target".to_owned()) }
 }
 
 /// A rustup nightly whose `rust-src` is installed.
 fn nightly_with_source() -> Result<Compiler, String> {
-    let rustup = all_in_path("rustup")
-        .into_iter()
-        .next()
-        .ok_or("rustup is not in PATH")?;
+    let rustup = all_in_path("rustup").into_iter().next().ok_or("rustup is not in PATH")?;
     let sysroot =
         answer(Command::new(&rustup).args(["run", "nightly", "rustc", "--print", "sysroot"]))?;
-    if !Path::new(&sysroot)
-        .join("lib/rustlib/src/rust/library/core")
-        .is_dir()
-    {
+    if !Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir() {
         return Err("rust-src is not installed".to_owned());
     }
     Ok(Compiler {
@@ -133,9 +112,7 @@ fn find_linker(repo: &Path) -> Result<PathBuf, Error> {
         Some(path) => vec![path.into()],
         None => {
             let own = repo.join(".sluice/bpf-linker/bin/bpf-linker");
-            std::iter::once(own)
-                .chain(all_in_path("bpf-linker"))
-                .collect()
+            std::iter::once(own).chain(all_in_path("bpf-linker")).collect()
         }
     };
     let mut looked_at = Vec::new();
@@ -145,9 +122,7 @@ fn find_linker(repo: &Path) -> Result<PathBuf, Error> {
             Err(reason) => looked_at.push(format!("{}: {reason}", linker.display())),
         }
     }
-    Err(Error::NoLinker {
-        looked_at: looked_at.join("; "),
-    })
+    Err(Error::NoLinker { looked_at: looked_at.join("; ") })
 }
 
 /// The cargo that was shipped with `rustc`, or the outer one.
@@ -163,10 +138,7 @@ fn cargo_beside(rustc: &Path) -> PathBuf {
 /// Every file of that name in `PATH`, in order.
 fn all_in_path(name: &str) -> Vec<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .map(|dir| dir.join(name))
-        .filter(|file| file.is_file())
-        .collect()
+    env::split_paths(&path).map(|dir| dir.join(name)).filter(|file| file.is_file()).collect()
 }
 
 /// First line of what `command` prints, or why there is none.
@@ -175,11 +147,7 @@ fn answer(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|e| e.to_string())?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
-        return Err(stderr
-            .lines()
-            .next()
-            .unwrap_or("failed without a word")
-            .to_owned());
+        return Err(stderr.lines().next().unwrap_or("failed without a word").to_owned());
     }
     let stdout = String::from_utf8_lossy(&output.stdout);
     Ok(stdout.lines().next().unwrap_or_default().trim().to_owned())
