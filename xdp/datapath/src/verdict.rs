@@ -84,11 +84,12 @@ impl From<Stop> for Verdict {
     /// The one place where a reason becomes PASS or DROP.
     #[inline(always)]
     fn from(stop: Stop) -> Self {
-        let action = match stop.reason.kind() {
-            VerdictKind::Drop => Action::Drop,
-            VerdictKind::Pass | VerdictKind::Forward => Action::Pass,
+        let (action, service) = match stop.reason.kind() {
+            VerdictKind::Drop => (Action::Drop, stop.service),
+            // The kernel's packet now: not one that the Service translated.
+            VerdictKind::Pass | VerdictKind::Forward => (Action::Pass, 0),
         };
-        Self { action, reason: stop.reason, owner: Owner { service: stop.service, ..Owner::NONE } }
+        Self { action, reason: stop.reason, owner: Owner { service, ..Owner::NONE } }
     }
 }
 
