@@ -9,7 +9,9 @@
 //!
 //! Nothing here is part of the product. Failures panic: the callers are tests.
 
+pub mod fixtures;
 pub mod host;
+pub mod judge;
 pub mod kernel;
 pub mod netns;
 pub mod packet;

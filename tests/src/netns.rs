@@ -37,3 +37,31 @@ pub fn sh(command: &str) -> String {
     );
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
+
+/// Makes the interfaces that the standard world names, as veth pairs whose far ends have the same
+/// name with a `p` behind it.
+///
+/// # Panics
+/// If they cannot be made.
+pub fn make_interfaces() {
+    use crate::world::dev;
+    let interfaces = [
+        ("up", dev::UPLINK),
+        ("upb", dev::UPLINK_B),
+        ("podr", dev::POD_REDIRECT),
+        ("pods", dev::POD_STACK),
+        ("vx4", dev::VXLAN_V4),
+        ("vx6", dev::VXLAN_V6),
+    ];
+    let line = |(name, index): &(&str, u32)| {
+        format!(
+            "link add {name} index {index} type veth peer name {name}p index {}\n",
+            index + PEER
+        )
+    };
+    let batch: String = interfaces.iter().map(line).collect();
+    sh(&format!("printf '{}' | ip -batch -", batch.replace('\n', "\\n")));
+}
+
+/// What the index of a far end is more than that of the near end.
+pub const PEER: u32 = 100;

@@ -423,9 +423,9 @@ pub mod size {
     /// Flow sets of most tests: 64 connections.
     pub const FLOW_SETS: u32 = 4;
     /// First SNAT port.
-    pub const SNAT_FIRST: u16 = 20_000;
+    pub const SNAT_FIRST: u16 = 2_048;
     /// Last SNAT port.
-    pub const SNAT_LAST: u16 = 20_031;
+    pub const SNAT_LAST: u16 = 2_079;
     /// Entries of the SNAT table: up to the last port.
     pub const SNAT_SLOTS: u32 = (SNAT_LAST as u32 + 1) * SNAT_SLOTS_PER_PORT;
 }
@@ -444,7 +444,7 @@ pub const TIMEOUTS: Timeouts = Timeouts {
 };
 
 /// A node's tables: what the agent writes.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct World {
     /// The settings.
     pub settings: Settings,

@@ -1,0 +1,301 @@
+//! Holds what a runner did against what a fixture says.
+
+use sluice_abi::{
+    BackendCounter, FlowSet, Hook, REASONS, Reason, ReasonCounter, ServiceCounter, SnatSlot,
+};
+use sluice_datapath::verdict::{Action, Direction};
+
+use crate::fixtures::{Account, Fixture, HeadRoom, Out, Step, Trail, Where};
+use crate::host::Host;
+use crate::kernel::{Kernel, code};
+use crate::world::size;
+
+/// XDP_PACKET_HEADROOM without `struct xdp_frame` (net/bpf/test_run.c, include/net/xdp.h).
+const HEAD_ROOM: usize = 256 - 40;
+/// Room for a mark, but not for outer headers.
+const LITTLE_ROOM: usize = 12;
+
+/// What became of a frame, wherever it was.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Outcome {
+    /// The program's return value: one of [`code`].
+    pub code: u32,
+    /// The frame afterwards.
+    pub bytes: Vec<u8>,
+    /// Interface that XDP asks TC to hand the frame to.
+    pub mark: Option<u32>,
+}
+
+/// Where fixtures run.
+pub trait Runner {
+    /// Runs a step.
+    fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome;
+    /// Prepares what the fixture wants to happen during its last step.
+    fn arm(&mut self, _fixture: &Fixture) {}
+    /// Sets every counter to zero.
+    fn clear(&mut self);
+    /// The count of a reason at a hook.
+    fn reason(&self, hook: Hook, reason: u32) -> ReasonCounter;
+    /// The counters of a Service.
+    fn service(&self, id: u32) -> ServiceCounter;
+    /// The counters of a backend.
+    fn backend(&self, id: u32) -> BackendCounter;
+    /// The tables that the programs write, without time stamps.
+    fn state(&self) -> State;
+}
+
+/// The tables that the programs write, without time stamps.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct State {
+    /// The flow table.
+    pub flows: Vec<FlowSet>,
+    /// Owned SNAT slots.
+    pub snat: Vec<(u32, SnatSlot)>,
+}
+
+impl State {
+    fn new(mut flows: Vec<FlowSet>, snat: Vec<(u32, SnatSlot)>) -> Self {
+        for set in &mut flows {
+            for record in &mut set.records {
+                (record.seen, record.decided, record.created) = (0, 0, 0);
+            }
+        }
+        flows.resize(size::FLOW_SETS as usize, FlowSet::default());
+        Self { flows, snat }
+    }
+}
+
+/// The kernel's number for an action at a hook.
+pub fn code_of(hook: Hook, action: Action) -> u32 {
+    match (hook, action) {
+        (Hook::Xdp, Action::Pass | Action::Receive(_)) => code::XDP_PASS,
+        (Hook::Xdp, Action::Drop) => code::XDP_DROP,
+        (Hook::Xdp, Action::Transmit) => code::XDP_TX,
+        (Hook::Xdp, Action::Redirect(_)) => code::XDP_REDIRECT,
+        (_, Action::Pass) => code::TC_NEXT,
+        (_, Action::Drop) => code::TC_DROP,
+        (_, Action::Redirect(_) | Action::Receive(_)) => code::TC_REDIRECT,
+        (_, Action::Transmit) => 0,
+    }
+}
+
+impl Runner for Host {
+    fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
+        let room = match head_room {
+            HeadRoom::Plenty => HEAD_ROOM,
+            HeadRoom::Little => LITTLE_ROOM,
+        };
+        let ran = self.run(step.hook, step.ifindex, frame, room);
+        let code = code_of(step.hook, ran.verdict.action);
+        Outcome { code, bytes: ran.bytes, mark: ran.mark }
+    }
+    fn arm(&mut self, fixture: &Fixture) {
+        if let Where::HostOnly { flows_end_at_clock_read } = fixture.runs {
+            self.end_flows_at_clock_read.set(Some(flows_end_at_clock_read));
+        }
+    }
+    fn clear(&mut self) {
+        self.clear_counters();
+    }
+    fn reason(&self, hook: Hook, reason: u32) -> ReasonCounter {
+        Host::reason(self, hook, reason)
+    }
+    fn service(&self, id: u32) -> ServiceCounter {
+        Host::service(self, id)
+    }
+    fn backend(&self, id: u32) -> BackendCounter {
+        Host::backend(self, id)
+    }
+    fn state(&self) -> State {
+        State::new(self.flow_sets(), self.snat_slots())
+    }
+}
+
+impl Runner for Kernel {
+    fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
+        let ran = match head_room {
+            HeadRoom::Plenty => self.run(step.hook, step.ifindex, frame),
+            HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM),
+        };
+        Outcome { code: ran.code, mark: ran.mark(), bytes: ran.bytes }
+    }
+    fn clear(&mut self) {
+        self.clear_counters();
+    }
+    fn reason(&self, hook: Hook, reason: u32) -> ReasonCounter {
+        Kernel::reason(self, hook, reason)
+    }
+    fn service(&self, id: u32) -> ServiceCounter {
+        Kernel::service(self, id)
+    }
+    fn backend(&self, id: u32) -> BackendCounter {
+        Kernel::backend(self, id)
+    }
+    fn state(&self) -> State {
+        State::new(self.flow_sets(), self.snat_slots())
+    }
+}
+
+/// Runs a fixture whose world the runner has been filled with.
+///
+/// # Errors
+/// What is not as the fixture says.
+pub fn judge(fixture: &Fixture, runner: &mut impl Runner) -> Result<Outcome, String> {
+    let mut trail: Vec<Vec<u8>> = Vec::new();
+    for (i, step) in fixture.before.iter().enumerate() {
+        let frame = (step.frame)(&trail);
+        let before = forwarded(runner, step.hook);
+        let outcome = runner.step(step, &frame, HeadRoom::Plenty);
+        if forwarded(runner, step.hook) != before + 1 {
+            return Err(format!("step {i} was not forwarded: {}", seen(runner)));
+        }
+        trail.push(outcome.bytes);
+    }
+    runner.clear();
+    runner.arm(fixture);
+    let frame = (fixture.step.frame)(&trail);
+    let outcome = runner.step(&fixture.step, &frame, fixture.head_room);
+    check_counters(fixture, frame.len() as u64, runner)?;
+    trail.push(outcome.bytes.clone());
+    check_frame(fixture, &frame, &trail, &outcome)?;
+    Ok(outcome)
+}
+
+/// Frames that were forwarded at a hook.
+fn forwarded(runner: &impl Runner, hook: Hook) -> u64 {
+    let rows = REASONS.iter().filter(|r| r.kind == sluice_abi::VerdictKind::Forward);
+    rows.map(|r| runner.reason(hook, r.reason as u32).packets).sum()
+}
+
+fn seen(runner: &impl Runner) -> String {
+    let mut words = Vec::new();
+    for hook in Hook::ALL {
+        for row in REASONS {
+            let count = runner.reason(hook, row.reason as u32);
+            if count.packets != 0 {
+                words.push(format!("{} {} x{}", hook.label(), row.label, count.packets));
+            }
+        }
+    }
+    words.join(", ")
+}
+
+/// Holds a frame against a fixture.
+///
+/// # Errors
+/// What is not as the fixture says.
+pub fn check_frame(
+    fixture: &Fixture,
+    came: &[u8],
+    trail: &Trail,
+    outcome: &Outcome,
+) -> Result<(), String> {
+    let code = code_of(fixture.step.hook, fixture.action);
+    if outcome.code != code {
+        return Err(format!("return value {} instead of {code}", outcome.code));
+    }
+    if fixture.action != Action::Drop && outcome.mark != fixture.mark {
+        return Err(format!("handed to {:?} instead of {:?}", outcome.mark, fixture.mark));
+    }
+    let expected = match &fixture.out {
+        Out::Gone => return Ok(()),
+        Out::Untouched => came.to_vec(),
+        Out::Made(build) => build(trail),
+    };
+    if outcome.bytes == expected {
+        return Ok(());
+    }
+    Err(difference(&outcome.bytes, &expected))
+}
+
+/// Two frames beside each other.
+pub fn difference(got: &[u8], expected: &[u8]) -> String {
+    let at = got.iter().zip(expected).position(|(a, b)| a != b);
+    let at = at.unwrap_or(got.len().min(expected.len()));
+    format!(
+        "frames differ from byte {at} on ({} bytes, expected {}):\n  got      {}\n  expected {}",
+        got.len(),
+        expected.len(),
+        hex(got, at),
+        hex(expected, at)
+    )
+}
+
+fn hex(bytes: &[u8], mark: usize) -> String {
+    let word = |(i, b): (usize, &u8)| {
+        format!(
+            "{}{b:02x}",
+            if i == mark {
+                "|"
+            } else if i % 4 == 0 {
+                " "
+            } else {
+                ""
+            }
+        )
+    };
+    bytes.iter().take(200).enumerate().map(word).collect()
+}
+
+/// Holds every counter against a fixture: what is to move has moved, and nothing else.
+///
+/// # Errors
+/// What is not as the fixture says.
+pub fn check_counters(fixture: &Fixture, bytes: u64, runner: &impl Runner) -> Result<(), String> {
+    for hook in Hook::ALL {
+        for row in REASONS {
+            let counted = hook == fixture.step.hook && row.reason == fixture.reason;
+            let expected =
+                if counted { ReasonCounter { packets: 1, bytes } } else { Default::default() };
+            if runner.reason(hook, row.reason as u32) != expected {
+                let reason = fixture.reason.label();
+                return Err(format!("reasons: {} instead of {reason}", seen(runner)));
+            }
+        }
+    }
+    let (mut service, mut backend) = (ServiceCounter::default(), BackendCounter::default());
+    let (service_id, backend_id) = match fixture.account {
+        Account::None => (0, 0),
+        Account::Dropped { service: id } => {
+            service.dropped_packets = 1;
+            (id, 0)
+        }
+        Account::Flow { service: service_id, backend: backend_id, direction, new } => {
+            match direction {
+                Direction::Forward => {
+                    (service.forward_packets, service.forward_bytes) = (1, bytes);
+                    (backend.forward_packets, backend.forward_bytes) = (1, bytes);
+                }
+                Direction::Reply => {
+                    (service.reply_packets, service.reply_bytes) = (1, bytes);
+                    (backend.reply_packets, backend.reply_bytes) = (1, bytes);
+                }
+            }
+            (service.new_flows, backend.new_flows) = (u64::from(new), u64::from(new));
+            (service_id, backend_id)
+        }
+    };
+    for id in 0..size::SERVICES {
+        let expected = if id != 0 && id == service_id { service } else { Default::default() };
+        let got = runner.service(id);
+        if got != expected {
+            return Err(format!("service {id}: {got:?} instead of {expected:?}"));
+        }
+    }
+    for id in 0..size::BACKENDS {
+        let expected = if id != 0 && id == backend_id { backend } else { Default::default() };
+        let got = runner.backend(id);
+        if got != expected {
+            return Err(format!("backend {id}: {got:?} instead of {expected:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a fixture runs in the kernel.
+pub fn in_kernel(fixture: &Fixture) -> bool {
+    fixture.runs == Where::Everywhere
+}
+
+/// The reasons that no IP header gives, so that they have no family.
+pub const WITHOUT_FAMILY: [Reason; 2] = [Reason::NotIp, Reason::Vlan];
