@@ -25,6 +25,7 @@ pub mod maps;
 mod reason;
 mod settings;
 mod tables;
+mod trap;
 
 pub use addr::{Addr, Be16, Be32, Family, Mac};
 pub use bench::{BENCH_MORE_WORDS, BENCH_RUN, BENCH_TARGETS, BENCH_WORDS, BenchRun, BenchTarget};
@@ -39,6 +40,7 @@ pub use tables::{
     Backend, Delivery, Extent, Frontend, FrontendKey, NextHop, Pod, PodNet, Route, Tunnel, Vtep,
     VtepKey, frontend_flags,
 };
+pub use trap::{TRAP, Trap};
 
 /// IP protocol number of TCP (IANA protocol numbers).
 pub const IPPROTO_TCP: u8 = 6;

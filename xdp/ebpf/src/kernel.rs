@@ -6,7 +6,7 @@ use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::{bpf_jiffies64, generated};
 use sluice_abi::{
     Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, NextHop, Pod, ReasonCounter,
-    Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey,
+    Scratch, ServiceCounter, Settings, SnatSlot, Trap, Tunnel, Vtep, VtepKey,
 };
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};
@@ -47,6 +47,7 @@ impl Env for Kernel {
     }
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<At<'_, Frontend>> {
+        trap::count(Trap::HashLookup);
         at!(sl_frontend_v1.get_ptr_mut(key))
     }
     #[inline(always)]
@@ -59,6 +60,7 @@ impl Env for Kernel {
     }
     #[inline(always)]
     fn pod(&self, addr: &Addr) -> Option<At<'_, Pod>> {
+        trap::count(Trap::HashLookup);
         at!(sl_pod_v1.get_ptr_mut(addr))
     }
     #[inline(always)]
@@ -67,6 +69,7 @@ impl Env for Kernel {
     }
     #[inline(always)]
     fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>> {
+        trap::count(Trap::HashLookup);
         at!(sl_vtepsrc_v1.get_ptr_mut(key))
     }
     #[inline(always)]
@@ -87,6 +90,7 @@ impl Env for Kernel {
     }
     #[inline(always)]
     fn decide(&self) -> Answer {
+        trap::count(Trap::Decide);
         // Never inlined: the verifier takes a global function's result for unknown and goes on.
         Answer(sl_decide(0))
     }
@@ -96,7 +100,7 @@ impl Env for Kernel {
     }
     #[inline(always)]
     fn lock(&self, lock: Self::Lock) {
-        trap::decided();
+        trap::count(Trap::Lock);
         // SAFETY: `lock` is a map value's `bpf_spin_lock`.
         unsafe { generated::bpf_spin_lock(lock) };
     }

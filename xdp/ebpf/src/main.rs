@@ -24,6 +24,7 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
+use sluice_abi::Trap;
 use sluice_datapath::verdict::Action;
 use sluice_datapath::{ingress, tc};
 
@@ -40,13 +41,10 @@ pub fn xdp_node(ctx: XdpContext) -> u32 {
         Action::Pass | Action::Receive(_) => XDP_PASS,
         Action::Drop => XDP_DROP,
         Action::Transmit => XDP_TX,
-        Action::Redirect(ifindex) => {
-            // SAFETY: no memory is passed.
-            match unsafe { bpf_redirect(ifindex, 0) } as u32 {
-                XDP_REDIRECT => XDP_REDIRECT,
-                _ => XDP_DROP,
-            }
-        }
+        Action::Redirect(ifindex) => match redirect(ifindex, 0) as u32 {
+            XDP_REDIRECT => XDP_REDIRECT,
+            _ => XDP_DROP,
+        },
     }
 }
 
@@ -55,8 +53,7 @@ pub fn xdp_node(ctx: XdpContext) -> u32 {
 pub fn tc_ingress(ctx: TcContext) -> i32 {
     let mut frame = skb::SkbFrame::new(ctx.skb.skb);
     if let Some(ifindex) = frame.hand_over() {
-        // SAFETY: no memory is passed.
-        return unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) } as i32;
+        return redirect(ifindex, BPF_F_INGRESS);
     }
     if !frame.pull() {
         return TC_NEXT;
@@ -79,12 +76,17 @@ fn exit(action: Action) -> i32 {
     match action {
         Action::Pass => TC_NEXT,
         Action::Drop => TC_ACT_SHOT,
-        // SAFETY: no memory is passed.
-        Action::Redirect(ifindex) => (unsafe { bpf_redirect(ifindex, 0) }) as i32,
-        // SAFETY: no memory is passed.
-        Action::Receive(ifindex) => (unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) }) as i32,
+        Action::Redirect(ifindex) => redirect(ifindex, 0),
+        Action::Receive(ifindex) => redirect(ifindex, BPF_F_INGRESS),
         Action::Transmit => TC_ACT_OK,
     }
+}
+
+#[inline(always)]
+fn redirect(ifindex: u32, flags: u64) -> i32 {
+    trap::count(Trap::Redirect);
+    // SAFETY: no memory is passed.
+    unsafe { bpf_redirect(ifindex, flags) as i32 }
 }
 
 /// Passes every packet. Attached to the pod's end of a veth pair it makes that end able to receive

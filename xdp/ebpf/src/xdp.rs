@@ -1,7 +1,9 @@
 //! A frame at the XDP hook.
 
+use crate::trap;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta};
+use sluice_abi::Trap;
 use sluice_datapath::access::Frame;
 use sluice_datapath::csum;
 
@@ -46,12 +48,14 @@ unsafe impl Frame for XdpFrame {
     }
     #[inline(always)]
     fn adjust_head(&mut self, delta: i32) -> bool {
+        trap::count(Trap::AdjustHead);
         // SAFETY: the context is valid while the program runs.
         unsafe { bpf_xdp_adjust_head(self.0, delta) == 0 }
     }
     #[inline(always)]
     fn hand_over_mark(&mut self, ifindex: u32) -> bool {
         const LEN: usize = size_of::<HandOver>();
+        trap::count(Trap::AdjustMeta);
         // SAFETY: the context is valid while the program runs.
         if unsafe { bpf_xdp_adjust_meta(self.0, -(LEN as i32)) } != 0 {
             return false;

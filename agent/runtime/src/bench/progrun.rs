@@ -31,10 +31,10 @@ const PLACES_PER_FLOW: u32 = 4;
 #[derive(Debug, Args)]
 pub struct ProgrunArgs {
     /// Rounds; each measures every row once.
-    #[arg(long, value_name = "N", default_value_t = 15)]
+    #[arg(long, value_name = "N", default_value_t = 12)]
     rounds: u32,
     /// Packets of each sample.
-    #[arg(long, value_name = "N", default_value_t = 200_000)]
+    #[arg(long, value_name = "N", default_value_t = 150_000)]
     repeat: u32,
     /// Known connections that take turns: powers of two, at most 65536. Compare 4096; 65536 measures
     /// the processor's caches more than the program.

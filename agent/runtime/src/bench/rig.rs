@@ -147,16 +147,33 @@ impl Rig {
         self.sample(&scenario, flows).map(drop)
     }
 
-    /// Runs `repeat` packets of a scenario, all of whose connections are known beforehand (or all
-    /// new), and checks that each of them went the scenario's way.
+    /// One sample: [`Rig::open`], then [`Rig::measure`].
     ///
     /// # Errors
     /// When the kernel does not run it, or packets went another way.
     pub fn sample(&mut self, scenario: &Scenario, repeat: u32) -> Result<Sample, BenchError> {
+        self.open(scenario)?;
+        self.measure(scenario, repeat)
+    }
+
+    /// Makes the connections of a scenario known, where they must be.
+    ///
+    /// # Errors
+    /// When the kernel does not run it.
+    pub fn open(&mut self, scenario: &Scenario) -> Result<(), BenchError> {
         if scenario.needs_opening() {
-            let opening = scenario.request(SYN).run(scenario.target(), scenario.flows, 0);
-            self.run(&opening, scenario.flows, scenario.request(SYN).frame.as_slice())?;
+            let packet = scenario.request(SYN);
+            let run = packet.run(scenario.target(), scenario.flows, 0);
+            self.run(&run, scenario.flows, &packet.frame)?;
         }
+        Ok(())
+    }
+
+    /// Runs `repeat` packets of a scenario and checks that each of them went the scenario's way.
+    ///
+    /// # Errors
+    /// When the kernel does not run it, or packets went another way.
+    pub fn measure(&mut self, scenario: &Scenario, repeat: u32) -> Result<Sample, BenchError> {
         let packet = if scenario.kind == Kind::ReplyRemote {
             self.reply(scenario)?
         } else {
