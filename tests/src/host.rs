@@ -136,9 +136,18 @@ impl Host {
         HostRan { verdict, bytes: frame.bytes(), mark: frame.mark }
     }
 
-    /// Replaces the settings.
-    pub fn write_settings(&self, settings: &Settings) {
-        self.settings.0[0].set(*settings);
+    /// Replaces the tables that the agent writes; connections and counts stay.
+    pub fn rewrite(&mut self, world: &World) {
+        let fresh = Self::new(world);
+        self.settings = fresh.settings;
+        self.frontends = fresh.frontends;
+        self.maglev = fresh.maglev;
+        self.backends = fresh.backends;
+        self.pods = fresh.pods;
+        self.vteps = fresh.vteps;
+        self.vtep_sources = fresh.vtep_sources;
+        self.tunnels = fresh.tunnels;
+        self.next_hops = fresh.next_hops;
     }
 
     /// Sets of the flow table.
@@ -154,11 +163,6 @@ impl Host {
     /// Writes an entry of the SNAT table.
     pub fn set_snat(&self, index: u32, slot: SnatSlot) {
         self.snat.0[index as usize].set(slot);
-    }
-
-    /// Writes a backend.
-    pub fn set_backend(&self, id: u32, backend: Backend) {
-        self.backends.0[id as usize].set(backend);
     }
 
     /// Every SNAT slot that is not free.

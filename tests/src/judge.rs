@@ -8,7 +8,7 @@ use sluice_datapath::verdict::{Action, Direction};
 use crate::fixtures::{Account, Fixture, HeadRoom, Out, Step, Trail, Where};
 use crate::host::Host;
 use crate::kernel::{Kernel, code};
-use crate::world::size;
+use crate::world::{World, size};
 
 /// XDP_PACKET_HEADROOM without `struct xdp_frame` (net/bpf/test_run.c, include/net/xdp.h).
 const HEAD_ROOM: usize = 256 - 40;
@@ -40,8 +40,39 @@ pub trait Runner {
     fn service(&self, id: u32) -> ServiceCounter;
     /// The counters of a backend.
     fn backend(&self, id: u32) -> BackendCounter;
+    /// The flow table.
+    fn flows(&self) -> Vec<FlowSet>;
+    /// Writes a set of the flow table.
+    fn put_flow_set(&mut self, index: u32, set: FlowSet);
+    /// SNAT slots that are not free.
+    fn slots(&self) -> Vec<(u32, SnatSlot)>;
+    /// Writes an entry of the SNAT table.
+    fn put_slot(&mut self, index: u32, slot: SnatSlot);
+    /// Replaces the tables that the agent writes; connections stay.
+    fn rewrite(&mut self, world: &World);
+
     /// The tables that the programs write, without time stamps.
-    fn state(&self) -> State;
+    fn state(&self) -> State {
+        State::new(self.flows(), self.slots())
+    }
+
+    /// Runs a program on one frame; its reason and what became of the frame.
+    ///
+    /// # Panics
+    /// If not exactly one reason was counted.
+    fn send(&mut self, hook: Hook, ifindex: u32, frame: &[u8]) -> (Reason, Outcome) {
+        let counts = |runner: &Self| -> Vec<u64> {
+            REASONS.iter().map(|r| runner.reason(hook, r.reason as u32).packets).collect()
+        };
+        let before = counts(self);
+        let step = Step { hook, ifindex, frame: Box::new(|_| Vec::new()) };
+        let outcome = self.step(&step, frame, HeadRoom::Plenty);
+        let after = counts(self);
+        let moved: Vec<usize> = (0..REASONS.len()).filter(|&i| after[i] != before[i]).collect();
+        let [one] = moved[..] else { panic!("reasons counted for one frame: {moved:?}") };
+        assert_eq!(after[one], before[one] + 1, "one frame was counted more than once");
+        (REASONS[one].reason, outcome)
+    }
 }
 
 /// The tables that the programs write, without time stamps.
@@ -106,8 +137,20 @@ impl Runner for Host {
     fn backend(&self, id: u32) -> BackendCounter {
         Host::backend(self, id)
     }
-    fn state(&self) -> State {
-        State::new(self.flow_sets(), self.snat_slots())
+    fn flows(&self) -> Vec<FlowSet> {
+        self.flow_sets()
+    }
+    fn put_flow_set(&mut self, index: u32, set: FlowSet) {
+        self.set_flow_set(index, set);
+    }
+    fn slots(&self) -> Vec<(u32, SnatSlot)> {
+        self.snat_slots()
+    }
+    fn put_slot(&mut self, index: u32, slot: SnatSlot) {
+        self.set_snat(index, slot);
+    }
+    fn rewrite(&mut self, world: &World) {
+        Host::rewrite(self, world);
     }
 }
 
@@ -131,8 +174,20 @@ impl Runner for Kernel {
     fn backend(&self, id: u32) -> BackendCounter {
         Kernel::backend(self, id)
     }
-    fn state(&self) -> State {
-        State::new(self.flow_sets(), self.snat_slots())
+    fn flows(&self) -> Vec<FlowSet> {
+        self.flow_sets()
+    }
+    fn put_flow_set(&mut self, index: u32, set: FlowSet) {
+        self.set_flow_set(index, set);
+    }
+    fn slots(&self) -> Vec<(u32, SnatSlot)> {
+        self.snat_slots()
+    }
+    fn put_slot(&mut self, index: u32, slot: SnatSlot) {
+        self.set_snat(index, slot);
+    }
+    fn rewrite(&mut self, world: &World) {
+        Kernel::rewrite(self, world);
     }
 }
 
@@ -140,7 +195,7 @@ impl Runner for Kernel {
 ///
 /// # Errors
 /// What is not as the fixture says.
-pub fn judge(fixture: &Fixture, runner: &mut impl Runner) -> Result<Outcome, String> {
+pub fn judge(fixture: &Fixture, runner: &mut (impl Runner + ?Sized)) -> Result<Outcome, String> {
     let mut trail: Vec<Vec<u8>> = Vec::new();
     for (i, step) in fixture.before.iter().enumerate() {
         let frame = (step.frame)(&trail);
@@ -162,12 +217,12 @@ pub fn judge(fixture: &Fixture, runner: &mut impl Runner) -> Result<Outcome, Str
 }
 
 /// Frames that were forwarded at a hook.
-fn forwarded(runner: &impl Runner, hook: Hook) -> u64 {
+fn forwarded(runner: &(impl Runner + ?Sized), hook: Hook) -> u64 {
     let rows = REASONS.iter().filter(|r| r.kind == sluice_abi::VerdictKind::Forward);
     rows.map(|r| runner.reason(hook, r.reason as u32).packets).sum()
 }
 
-fn seen(runner: &impl Runner) -> String {
+fn seen(runner: &(impl Runner + ?Sized)) -> String {
     let mut words = Vec::new();
     for hook in Hook::ALL {
         for row in REASONS {
@@ -241,7 +296,11 @@ fn hex(bytes: &[u8], mark: usize) -> String {
 ///
 /// # Errors
 /// What is not as the fixture says.
-pub fn check_counters(fixture: &Fixture, bytes: u64, runner: &impl Runner) -> Result<(), String> {
+pub fn check_counters(
+    fixture: &Fixture,
+    bytes: u64,
+    runner: &(impl Runner + ?Sized),
+) -> Result<(), String> {
     for hook in Hook::ALL {
         for row in REASONS {
             let counted = hook == fixture.step.hook && row.reason == fixture.reason;

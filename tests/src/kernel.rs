@@ -115,6 +115,15 @@ impl Kernel {
     /// # Panics
     /// If a map cannot be written.
     pub fn fill(&mut self, world: &World) {
+        self.rewrite(world);
+        self.clear_state();
+    }
+
+    /// Fills the tables from `world`; connections and counts stay.
+    ///
+    /// # Panics
+    /// If a map cannot be written.
+    pub fn rewrite(&mut self, world: &World) {
         assert!(world.settings.flow_set_mask < self.flow_sets, "more flow sets than the map has");
         let old = self.filled.take();
         // Most fixtures live in the same world, and writing it again costs a thousand calls.
@@ -139,7 +148,6 @@ impl Kernel {
         self.write_array(maps::TUNNEL, &world.tunnels);
         self.write_array(maps::NEXTHOP, &world.next_hops);
         self.filled = Some(world.clone());
-        self.clear_state();
     }
 
     /// Forgets every connection and every count.

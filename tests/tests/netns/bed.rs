@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use serde_json::Value;
 use sluice_lab::agent::{Counters, RunningAgent};
 use sluice_lab::plan::{NodePlan, PodPlan, UPLINK, VXLAN_DEVICE};
@@ -30,7 +31,7 @@ pub const ECHO: u16 = 53;
 /// The `sluice` program of the build that this test belongs to. `cargo test --workspace` builds it
 /// for the agent's own suites; where this suite is built alone, it is built here when one of its
 /// sources is newer.
-fn sluice() -> PathBuf {
+pub fn sluice() -> PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM
         .get_or_init(|| {
@@ -177,12 +178,43 @@ impl Bed {
     pub fn stop(&mut self) {
         let agent = self.agent.take().expect("an agent that runs");
         self.lab.stop(agent.process).expect("stopped");
+        self.wait_gone();
     }
 
     /// SIGKILL, as a crash.
     pub fn kill(&mut self) {
         let agent = self.agent.take().expect("an agent that runs");
         self.lab.kill(agent.process).expect("killed");
+        self.wait_gone();
+    }
+
+    /// The last of a process's threads may end, and give up its lock, after the process is dead.
+    fn wait_gone(&self) {
+        wait("the agent is gone", || match self.status()["running"] == false {
+            true => Ok(()),
+            false => Err("`sluice status` says that it runs".to_owned()),
+        });
+    }
+
+    /// Names of the BPF programs at an interface of node1, by the kernel: XDP, then TCX.
+    pub fn programs(&self, interface: &str) -> Vec<String> {
+        let shown = self.run(NODE, "ip", &["-details", "link", "show", interface]);
+        let words: Vec<&str> = shown.split_whitespace().collect();
+        let xdp = words.iter().position(|word| word.starts_with("prog/xdp"));
+        let mut names: Vec<String> = xdp
+            .and_then(|at| words.get(at..)?.windows(2).find(|pair| pair[0] == "name"))
+            .map(|pair| pair[1].to_owned())
+            .into_iter()
+            .collect();
+        let tcx = self.netns(NODE).enter(|| {
+            [TcAttachType::Ingress, TcAttachType::Egress].map(|side| {
+                let (_, programs) = SchedClassifier::query_tcx(interface, side).expect("a query");
+                programs.iter().map(|p| p.name_as_str().unwrap_or("?").to_owned()).collect()
+            })
+        });
+        let tcx: [Vec<String>; 2] = tcx.expect("the namespace");
+        names.extend(tcx.concat());
+        names
     }
 
     pub fn netns(&self, host: &str) -> Netns {
@@ -239,12 +271,12 @@ impl Bed {
         let text = self.lab.sluice(NODE, &["services", "--output", "json"]).expect("services");
         let rows: Value = serde_json::from_str(&text).expect("JSON");
         let wanted = format!("shop/{service}:");
-        let mut found: Vec<String> = rows
+        let mut found: Vec<String> = rows["services"]
             .as_array()
             .into_iter()
             .flatten()
             .filter(|row| row["service"].as_str().is_some_and(|name| name.starts_with(&wanted)))
-            .flat_map(|row| row["external"].as_array().cloned().unwrap_or_default())
+            .flat_map(|row| row["external_backends"].as_array().cloned().unwrap_or_default())
             .filter_map(|endpoint| endpoint.as_str().map(str::to_owned))
             .collect();
         found.sort();

@@ -5,5 +5,10 @@
 //! and what the `sluice` command prints.
 
 mod bed;
+mod changes;
+mod demo;
+mod neighbours;
+mod objects;
 mod services;
+mod switches;
 mod tunnel;

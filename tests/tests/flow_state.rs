@@ -1,0 +1,650 @@
+//! State that cannot half-die: one record serves both directions, so both work or both end.
+//!
+//! Every law is held twice, on the host and on the loaded program, with a table of 64 records.
+
+use std::net::Ipv4Addr;
+
+use sluice_abi::{
+    Addr, Be16, Delivery, FLOW_WAYS, Family, FlowRecord, Hook, IPPROTO_TCP, IPPROTO_UDP, Reason,
+    SnatSlot, VerdictKind, flow_state, record_flags,
+};
+use sluice_tests::fixtures::{
+    CLIENT_PORT, from_peer, later, place, request, snat_port, tunnel_service,
+};
+use sluice_tests::host::Host;
+use sluice_tests::judge::{Outcome, Runner, difference};
+use sluice_tests::kernel::{Kernel, OBJECT};
+use sluice_tests::netns::{in_namespace, make_interfaces};
+use sluice_tests::packet::{Packet, inner, tcp};
+use sluice_tests::world::{Be, FAMILIES, PROTOCOLS, Svc, TIMEOUTS, World, dev, ip, mac, size};
+
+/// Runs a law on the host and on the loaded program.
+fn on_both(world: World, law: fn(&mut dyn Runner, &World)) {
+    println!("on the host");
+    law(&mut Host::new(&world), &world);
+    println!("in the kernel");
+    in_namespace(move || {
+        make_interfaces();
+        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+        kernel.fill(&world);
+        law(&mut kernel, &world);
+    });
+}
+
+/// A connection of a client to a Service, and how its packets travel.
+#[derive(Clone)]
+struct Connection {
+    service: Svc,
+    backend: Be,
+    request: Packet,
+}
+
+/// What a direction did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    /// Translated.
+    Works,
+    /// Handed to the kernel as it came.
+    Ends,
+}
+
+impl Connection {
+    fn new(family: Family, proto: u8, service: Svc, client: Addr, port: u16) -> Self {
+        let backend = service.backends()[0];
+        Self { service, backend, request: request(family, proto, service).from(client, port) }
+    }
+
+    fn family(&self) -> Family {
+        self.request.family()
+    }
+
+    /// Sends `packet` as the client does. What the backend sees of it, if it gets there.
+    fn send(&self, runner: &mut dyn Runner, packet: &Packet) -> Result<Vec<u8>, Reason> {
+        let (reason, outcome) = runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
+        if reason.kind() != VerdictKind::Forward {
+            if reason.kind() == VerdictKind::Pass {
+                assert_eq!(outcome.bytes, packet.bytes(), "passed and changed");
+            }
+            return Err(reason);
+        }
+        Ok(self.seen_by_backend(&outcome))
+    }
+
+    fn seen_by_backend(&self, outcome: &Outcome) -> Vec<u8> {
+        match self.backend {
+            Be::TunnelV4 | Be::TunnelV6 => inner(&outcome.bytes).to_vec(),
+            _ => outcome.bytes.clone(),
+        }
+    }
+
+    /// The first packet, which must get through.
+    fn open(&self, runner: &mut dyn Runner) -> Vec<u8> {
+        self.send(runner, &self.request).unwrap_or_else(|r| panic!("{:?}: {r:?}", self.service))
+    }
+
+    /// The backend answers what it saw. Whether the client gets what it should.
+    fn answer(&self, runner: &mut dyn Runner, seen: &[u8]) -> Way {
+        let source = sluice_tests::packet::src_port(seen);
+        let family = self.family();
+        let (backend, backend_port) = place(self.backend, family);
+        let client = match self.backend {
+            Be::TunnelV4 | Be::TunnelV6 => ip::tunnel(family),
+            Be::Plain => ip::node(family),
+            _ => self.request.src,
+        };
+        let mut reply = self.request.clone().answer().hop_limit(64);
+        reply = reply.from(backend, backend_port).to(client, source);
+        let (hook, ifindex, frame) = match self.backend {
+            Be::Stack => {
+                reply = reply.eth(mac::UPLINK, mac::GATEWAY);
+                (Hook::TcEgress, dev::UPLINK, reply.bytes())
+            }
+            Be::Redirect => {
+                reply = reply.eth(mac::POD_REDIRECT, mac::HOST_REDIRECT);
+                (Hook::TcIngress, dev::POD_REDIRECT, reply.bytes())
+            }
+            Be::TunnelV4 => {
+                reply = reply.eth(mac::PEER_V4, mac::VXLAN_V4);
+                (Hook::Xdp, dev::UPLINK, from_peer(Family::V4, &reply.bytes()).bytes())
+            }
+            Be::TunnelV6 => {
+                reply = reply.eth(mac::PEER_V6, mac::VXLAN_V6);
+                (Hook::Xdp, dev::UPLINK, from_peer(Family::V6, &reply.bytes()).bytes())
+            }
+            Be::Plain => {
+                reply = reply.eth(mac::ROUTER, mac::UPLINK_B);
+                (Hook::Xdp, dev::UPLINK_B, reply.bytes())
+            }
+            other => panic!("no replies from {other:?}"),
+        };
+        let (reason, outcome) = runner.send(hook, ifindex, &frame);
+        match reason.kind() {
+            VerdictKind::Pass => {
+                assert_eq!(outcome.bytes, frame, "passed and changed");
+                return Way::Ends;
+            }
+            VerdictKind::Drop => panic!("reply dropped: {reason:?}"),
+            VerdictKind::Forward => {}
+        }
+        let hops = if self.backend == Be::Stack { 64 } else { 63 };
+        let expected =
+            self.request.clone().answer().eth(mac::UPLINK, mac::GATEWAY).hop_limit(hops).bytes();
+        assert_eq!(outcome.bytes, expected, "{}", difference(&outcome.bytes, &expected));
+        Way::Works
+    }
+
+    /// Opens the connection and lets the backend answer once.
+    fn establish(&self, runner: &mut dyn Runner) -> Vec<u8> {
+        let seen = self.open(runner);
+        assert_eq!(self.answer(runner, &seen), Way::Works, "{:?}", self.service);
+        seen
+    }
+
+    /// A later packet of the client, and the backend's answer to what it had seen at first.
+    fn both_ways(&self, runner: &mut dyn Runner, seen: &[u8]) -> (Way, Way) {
+        let there = match self.send(runner, &later(self.request.clone())) {
+            Ok(again) => {
+                let port = sluice_tests::packet::src_port;
+                assert_eq!(port(&again), port(seen), "another source port than before");
+                Way::Works
+            }
+            Err(Reason::MidFlow) => Way::Ends,
+            Err(reason) => panic!("{reason:?}"),
+        };
+        (there, self.answer(runner, seen))
+    }
+}
+
+/// The live record of a connection: set, way, record.
+fn record_of(runner: &dyn Runner, connection: &Connection) -> (u32, usize, FlowRecord) {
+    let (client, vip) = (connection.request.src, connection.request.dst);
+    let port = Be16::new(connection.request.src_port);
+    live(runner)
+        .into_iter()
+        .find(|(_, _, r)| {
+            r.client == client
+                && r.vip == vip
+                && r.client_port == port
+                && r.proto == connection.request.proto
+        })
+        .expect("a record")
+}
+
+fn live(runner: &dyn Runner) -> Vec<(u32, usize, FlowRecord)> {
+    let sets = runner.flows().into_iter().zip(0u32..);
+    sets.flat_map(|(set, index)| {
+        (0..FLOW_WAYS)
+            .filter(move |&way| set.tags[way] != 0)
+            .map(move |way| (index, way, set.records[way]))
+    })
+    .collect()
+}
+
+/// Changes the live record of a connection by hand.
+fn change(
+    runner: &mut dyn Runner,
+    connection: &Connection,
+    how: impl Fn(&mut u32, &mut FlowRecord),
+) {
+    let (index, way, _) = record_of(runner, connection);
+    let mut set = runner.flows()[index as usize];
+    how(&mut set.tags[way], &mut set.records[way]);
+    runner.put_flow_set(index, set);
+}
+
+/// The flow table and the SNAT table say the same.
+fn tables_agree(runner: &dyn Runner) {
+    let slots = runner.slots();
+    let records = live(runner);
+    for (set, way, record) in &records {
+        let rewritten = record.flags & record_flags::SNAT != 0;
+        assert_eq!(rewritten, record.snat != 0, "{record:?}");
+        if rewritten {
+            let owner = (record.snat - 1, SnatSlot::owned(*set, *way as u32));
+            assert!(slots.contains(&owner), "a record without its SNAT slot: {record:?}");
+        }
+    }
+    let rewritten = records.iter().filter(|(_, _, r)| r.snat != 0).count();
+    assert_eq!(slots.len(), rewritten, "SNAT slots without a record: {slots:?}");
+}
+
+/// A SYN from a client that nobody knows.
+fn stranger(family: Family, n: u32, service: Svc) -> Packet {
+    let n = n.wrapping_mul(0x9e37_79b9);
+    let client = match family {
+        Family::V4 => Addr::from_v4(Ipv4Addr::from(0x5000_0000 | n >> 4).octets()),
+        Family::V6 => {
+            let mut addr = ip::client(family, 0);
+            addr.0[12..].copy_from_slice(&n.to_be_bytes());
+            addr
+        }
+    };
+    request(family, IPPROTO_TCP, service).from(client, 1024 + (n >> 7) as u16 % 60_000)
+}
+
+const ESTABLISHED: [Svc; 5] =
+    [Svc::LocalStack, Svc::LocalRedirect, Svc::TunnelV4, Svc::TunnelV6, Svc::Plain];
+
+#[test]
+fn flood_of_new_connections_takes_nothing_from_established_ones() {
+    on_both(World::standard(), |runner, _| {
+        let mut established = Vec::new();
+        for family in FAMILIES {
+            for proto in PROTOCOLS {
+                for service in ESTABLISHED {
+                    let client = ip::client(family, 9);
+                    let c = Connection::new(family, proto, service, client, 50_000);
+                    let seen = c.establish(runner);
+                    established.push((c, seen));
+                }
+            }
+        }
+        assert_eq!(live(runner).len(), established.len());
+        tables_agree(runner);
+
+        let (mut taken, mut refused) = (0, 0);
+        for n in 0..600 {
+            let service = [Svc::LocalStack, Svc::TunnelV4, Svc::TunnelV6][n as usize % 3];
+            let packet = stranger(FAMILIES[n as usize % 2], n, service);
+            let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
+            match reason {
+                Reason::DnatLocal | Reason::DnatRemote => taken += 1,
+                Reason::FlowTableFull | Reason::SnatExhausted => refused += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(taken > 100, "{taken} taken, {refused} refused");
+        let full = size::FLOW_SETS as usize * FLOW_WAYS;
+        assert_eq!(live(runner).len(), full, "the flood has filled the table");
+        tables_agree(runner);
+
+        for (c, seen) in &established {
+            assert_eq!(c.both_ways(runner, seen), (Way::Works, Way::Works), "{:?}", c.request);
+        }
+    });
+}
+
+#[test]
+fn unanswered_connections_give_way_oldest_first() {
+    let mut world = World::standard();
+    world.settings.flow_set_mask = 0;
+    on_both(world, |runner, _| {
+        let client = |n: u16| ip::client(Family::V4, 100 + n);
+        let connection =
+            |n| Connection::new(Family::V4, IPPROTO_TCP, Svc::LocalStack, client(n), CLIENT_PORT);
+        for n in 0..16 {
+            connection(n).open(runner);
+            // By hand, because a test does not wait: the first is the oldest.
+            change(runner, &connection(n), |_, r| {
+                r.seen = r.seen.wrapping_sub(1000 - u32::from(n))
+            });
+        }
+        for n in 16..24 {
+            connection(n).open(runner);
+            let alive: Vec<Addr> = live(runner).iter().map(|(_, _, r)| r.client).collect();
+            assert_eq!(alive.len(), 16);
+            assert!(!alive.contains(&client(n - 16)), "{n}: the oldest is still there");
+            assert!(alive.contains(&client(n - 15)), "{n}: a younger one gave way");
+        }
+    });
+}
+
+#[test]
+fn expired_connection_gives_way_though_answered() {
+    let mut world = World::standard();
+    world.settings.flow_set_mask = 0;
+    on_both(world, |runner, _| {
+        let connection = |n: u16| {
+            let client = ip::client(Family::V6, 100 + n);
+            Connection::new(Family::V6, IPPROTO_TCP, Svc::LocalStack, client, CLIENT_PORT)
+        };
+        for n in 0..16 {
+            connection(n).establish(runner);
+        }
+        let newcomer = connection(99);
+        assert_eq!(newcomer.send(runner, &newcomer.request), Err(Reason::FlowTableFull));
+        let late = |r: &mut FlowRecord, by: u32| r.seen = r.seen.wrapping_sub(by);
+        change(runner, &connection(5), |_, r| late(r, TIMEOUTS.tcp_established - 100_000));
+        assert_eq!(newcomer.send(runner, &newcomer.request), Err(Reason::FlowTableFull));
+        let way = record_of(runner, &connection(5)).1;
+        change(runner, &connection(5), |_, r| late(r, 200_000));
+        newcomer.establish(runner);
+        assert_eq!(record_of(runner, &newcomer).1, way, "another record gave way");
+    });
+}
+
+#[test]
+fn client_that_fills_a_set_harms_itself_alone() {
+    let mut world = World::standard();
+    world.settings.flow_set_mask = 0;
+    on_both(world, |runner, _| {
+        let connection = |n, port| {
+            let client = ip::client(Family::V4, n);
+            Connection::new(Family::V4, IPPROTO_UDP, Svc::LocalStack, client, port)
+        };
+        let mut others = Vec::new();
+        for n in 0..8 {
+            let c = connection(100 + n, CLIENT_PORT);
+            let seen = c.establish(runner);
+            others.push((c, seen));
+        }
+        for n in 0..100 {
+            let c = connection(66, 2000 + n);
+            c.establish(runner);
+        }
+        assert_eq!(live(runner).len(), 16);
+        for (c, seen) in &others {
+            assert_eq!(c.both_ways(runner, seen), (Way::Works, Way::Works));
+        }
+    });
+}
+
+#[test]
+fn record_deleted_by_hand_ends_both_directions() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            for service in ESTABLISHED {
+                let client = ip::client(family, 9);
+                let c = Connection::new(family, IPPROTO_TCP, service, client, CLIENT_PORT);
+                let seen = c.establish(runner);
+                assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+                change(runner, &c, |tag, _| *tag = 0);
+                assert_eq!(c.both_ways(runner, &seen), (Way::Ends, Way::Ends), "{service:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn snat_slot_deleted_by_hand_ends_both_directions() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            for service in [Svc::TunnelV4, Svc::TunnelV6, Svc::Plain] {
+                let client = ip::client(family, 9);
+                let c = Connection::new(family, IPPROTO_TCP, service, client, CLIENT_PORT);
+                let seen = c.establish(runner);
+                let record = record_of(runner, &c).2;
+                runner.put_slot(record.snat - 1, SnatSlot::FREE);
+                // The reply first: it must not be translated while the request would be.
+                assert_eq!(c.answer(runner, &seen), Way::Ends);
+                assert_eq!(c.both_ways(runner, &seen), (Way::Ends, Way::Ends), "{service:?}");
+                tables_agree(runner);
+            }
+        }
+    });
+}
+
+#[test]
+fn snat_slot_given_to_another_ends_both_directions() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            let client = ip::client(family, 9);
+            let c = Connection::new(family, IPPROTO_TCP, Svc::TunnelV4, client, CLIENT_PORT);
+            let seen = c.establish(runner);
+            let (set, way, record) = record_of(runner, &c);
+            let other = SnatSlot::owned(set, (way as u32 + 1) % FLOW_WAYS as u32);
+            runner.put_slot(record.snat - 1, other);
+            assert_eq!(c.both_ways(runner, &seen), (Way::Ends, Way::Ends));
+            runner.put_slot(record.snat - 1, SnatSlot::FREE);
+        }
+    });
+}
+
+#[test]
+fn connection_that_ended_by_hand_begins_again() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            for proto in PROTOCOLS {
+                for service in ESTABLISHED {
+                    let client = ip::client(family, 9);
+                    let c = Connection::new(family, proto, service, client, CLIENT_PORT);
+                    c.establish(runner);
+                    let record = record_of(runner, &c).2;
+                    if record.snat != 0 {
+                        runner.put_slot(record.snat - 1, SnatSlot::FREE);
+                    } else {
+                        change(runner, &c, |tag, _| *tag = 0);
+                    }
+                    let seen = c.establish(runner);
+                    assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+                    tables_agree(runner);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn replacing_heals_a_connection_whose_state_is_lost() {
+    on_both(World::replacing(), |runner, _| {
+        for family in FAMILIES {
+            for service in ESTABLISHED {
+                let client = ip::client(family, 9);
+                let c = Connection::new(family, IPPROTO_TCP, service, client, CLIENT_PORT);
+                let seen = c.establish(runner);
+                let record = record_of(runner, &c).2;
+                if record.snat != 0 {
+                    runner.put_slot(record.snat - 1, SnatSlot::FREE);
+                }
+                change(runner, &c, |tag, _| *tag = 0);
+                // The same connection gets the same port again, so the backend notices nothing.
+                assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works), "{service:?}");
+                tables_agree(runner);
+            }
+        }
+    });
+}
+
+#[test]
+fn exhausted_snat_refuses_newcomers_until_a_port_is_free() {
+    on_both(World::standard().with_flow_sets(4), |runner, _| {
+        for underlay in FAMILIES {
+            let (service, _) = tunnel_service(underlay);
+            let connection = |n: u16| {
+                let client = ip::client(Family::V4, 300 + n);
+                Connection::new(Family::V4, IPPROTO_UDP, service, client, CLIENT_PORT)
+            };
+            let mut open = Vec::new();
+            let refused = loop {
+                let c = connection(open.len() as u16);
+                match c.send(runner, &c.request) {
+                    Ok(seen) => open.push((c, seen)),
+                    Err(Reason::SnatExhausted) => break c,
+                    Err(reason) => panic!("{reason:?} after {}", open.len()),
+                }
+            };
+            // Random tries miss a free port now and then, but not half of them.
+            let ports = usize::from(size::SNAT_LAST - size::SNAT_FIRST) + 1;
+            assert!(open.len() > ports / 2, "{} of {ports} ports used", open.len());
+            let mut used: Vec<u16> = open.iter().map(|(_, seen)| snat_port(seen)).collect();
+            used.sort_unstable();
+            used.dedup();
+            assert_eq!(used.len(), open.len(), "a port was given twice");
+            tables_agree(runner);
+            for (c, seen) in &open {
+                assert_eq!(c.both_ways(runner, seen), (Way::Works, Way::Works));
+            }
+            for (c, _) in &open {
+                let record = record_of(runner, c).2;
+                change(runner, c, |tag, _| *tag = 0);
+                runner.put_slot(record.snat - 1, SnatSlot::FREE);
+            }
+            refused.establish(runner);
+            let record = record_of(runner, &refused).2;
+            change(runner, &refused, |tag, _| *tag = 0);
+            runner.put_slot(record.snat - 1, SnatSlot::FREE);
+        }
+    });
+}
+
+#[test]
+fn refused_connection_gives_its_snat_port_back() {
+    let mut world = World::standard();
+    world.settings.flow_set_mask = 0;
+    on_both(world, |runner, _| {
+        for n in 0..16 {
+            let client = ip::client(Family::V4, 100 + n);
+            let c = Connection::new(Family::V4, IPPROTO_TCP, Svc::LocalStack, client, CLIENT_PORT);
+            c.establish(runner);
+        }
+        let client = ip::client(Family::V4, 99);
+        let c = Connection::new(Family::V4, IPPROTO_TCP, Svc::TunnelV4, client, CLIENT_PORT);
+        assert_eq!(c.send(runner, &c.request), Err(Reason::FlowTableFull));
+        assert_eq!(runner.slots(), [], "the port is still claimed");
+    });
+}
+
+#[test]
+fn second_comer_gets_another_source_port_and_both_replies_arrive() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            for proto in PROTOCOLS {
+                let client = ip::client(family, 9);
+                let to = |service| Connection::new(family, proto, service, client, CLIENT_PORT);
+                let (first, second) = (to(Svc::LocalStack), to(Svc::LocalStackToo));
+                let seen = first.open(runner);
+                let seen_too = second.open(runner);
+                let port = sluice_tests::packet::src_port;
+                assert_eq!(port(&seen), CLIENT_PORT);
+                assert_ne!(port(&seen_too), CLIENT_PORT);
+                for _ in 0..2 {
+                    assert_eq!(first.both_ways(runner, &seen), (Way::Works, Way::Works));
+                    assert_eq!(second.both_ways(runner, &seen_too), (Way::Works, Way::Works));
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn new_epoch_keeps_the_backend_and_takes_the_new_way() {
+    on_both(World::standard(), |runner, world| {
+        for family in FAMILIES {
+            for proto in PROTOCOLS {
+                runner.rewrite(world);
+                let client = ip::client(family, 9);
+                let c = Connection::new(family, proto, Svc::LocalStack, client, CLIENT_PORT);
+                let seen = c.establish(runner);
+                assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+
+                // The Service now has another backend, and the old one's pod takes frames.
+                let mut world = world.clone();
+                let other = world.extent(&[Be::Redirect.id(family, proto)]);
+                let key = Svc::LocalStack.key(family, proto);
+                world.frontends.get_mut(&key).expect("it is there").external = other;
+                let pod = world.pods.get_mut(&ip::pod_stack(family)).expect("it is there");
+                pod.delivery = Delivery::Redirect as u16;
+                world.settings.epoch += 1;
+                runner.rewrite(&world);
+
+                let packet = later(c.request.clone());
+                let (reason, outcome) = runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
+                assert_eq!(reason, Reason::DnatLocal);
+                let (backend, port) = place(Be::Stack, family);
+                let way = packet.to(backend, port).hop().eth(mac::HOST_STACK, mac::POD_STACK);
+                let expected = way.bytes();
+                assert_eq!(outcome.bytes, expected, "{}", difference(&outcome.bytes, &expected));
+                let record = record_of(runner, &c).2;
+                assert_eq!(record.epoch, world.settings.epoch);
+                assert_eq!(record.state & flow_state::REPLIED, flow_state::REPLIED);
+
+                // A new connection goes where the table says now.
+                let client = ip::client(family, 10);
+                let c = Connection::new(family, proto, Svc::LocalStack, client, CLIENT_PORT);
+                c.open(runner);
+                assert_eq!(record_of(runner, &c).2.backend, ip::pod_redirect(family));
+            }
+        }
+    });
+}
+
+#[test]
+fn vanished_backend_keeps_its_connections() {
+    on_both(World::standard(), |runner, world| {
+        for service in ESTABLISHED {
+            let client = ip::client(Family::V4, 9);
+            let c = Connection::new(Family::V4, IPPROTO_TCP, service, client, CLIENT_PORT);
+            let seen = c.establish(runner);
+            let mut world = world.clone();
+            let id = c.backend.id(Family::V4, IPPROTO_TCP);
+            world.backends[id as usize] = Default::default();
+            world.frontends.remove(&service.key(Family::V4, IPPROTO_TCP));
+            world.settings.epoch += 1;
+            runner.rewrite(&world);
+            assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works), "{service:?}");
+        }
+    });
+}
+
+#[test]
+fn same_request_chooses_the_same_backend_and_all_backends_are_chosen() {
+    on_both(World::standard(), |runner, world| {
+        let mut chosen = std::collections::BTreeMap::<u32, u32>::new();
+        for n in 0..200 {
+            let packet = stranger(Family::V4, n, Svc::Many);
+            let backend = |runner: &mut dyn Runner| {
+                let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
+                assert_eq!(reason.kind(), VerdictKind::Forward, "{reason:?}");
+                let (index, way, record) = live(runner)
+                    .into_iter()
+                    .find(|(_, _, r)| {
+                        r.client == packet.src && r.client_port.host() == packet.src_port
+                    })
+                    .expect("a record");
+                let mut set = runner.flows()[index as usize];
+                set.tags[way] = 0;
+                runner.put_flow_set(index, set);
+                if record.snat != 0 {
+                    runner.put_slot(record.snat - 1, SnatSlot::FREE);
+                }
+                record.backend_id
+            };
+            let first = backend(runner);
+            // A new boot has another flow seed; the choice depends on the cluster's alone.
+            let mut world = world.clone();
+            world.settings.seeds.flow ^= u64::from(n) << 3 | 1;
+            runner.rewrite(&world);
+            assert_eq!(backend(runner), first);
+            *chosen.entry(first).or_default() += 1;
+        }
+        let expected = Svc::Many.backends().len();
+        assert_eq!(chosen.len(), expected, "{chosen:?}");
+        assert!(chosen.values().all(|&n| n > 15), "{chosen:?}");
+    });
+}
+
+#[test]
+fn ends_of_a_connection_shorten_its_life() {
+    on_both(World::standard(), |runner, _| {
+        let client = ip::client(Family::V4, 9);
+        let connect = |runner: &mut dyn Runner, proto, port| {
+            let c = Connection::new(Family::V4, proto, Svc::LocalStack, client, port);
+            let seen = c.open(runner);
+            (c, seen)
+        };
+        let timeout = |runner: &dyn Runner, c: &Connection| record_of(runner, c).2.timeout;
+
+        let (c, seen) = connect(runner, IPPROTO_TCP, 1111);
+        assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_syn);
+        assert_eq!(c.answer(runner, &seen), Way::Works);
+        assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_established);
+        let fin = c.request.clone().flags(tcp::FIN | tcp::ACK);
+        assert!(c.send(runner, &fin).is_ok());
+        assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_established, "half closed is open");
+        let (backend, port) = place(Be::Stack, Family::V4);
+        let fin = c.request.clone().to(backend, port).answer().flags(tcp::FIN | tcp::ACK);
+        let (reason, _) = runner.send(Hook::TcEgress, dev::UPLINK, &fin.bytes());
+        assert_eq!(reason, Reason::ReplyLocal);
+        assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_closing);
+
+        let (c, seen) = connect(runner, IPPROTO_TCP, 2222);
+        assert_eq!(c.answer(runner, &seen), Way::Works);
+        assert!(c.send(runner, &c.request.clone().flags(tcp::RST)).is_ok());
+        assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_closing);
+
+        let (c, seen) = connect(runner, IPPROTO_UDP, 3333);
+        assert_eq!(timeout(runner, &c), TIMEOUTS.udp_oneway);
+        assert_eq!(c.answer(runner, &seen), Way::Works);
+        assert_eq!(timeout(runner, &c), TIMEOUTS.udp_replied);
+    });
+}

@@ -1,0 +1,309 @@
+//! Connections while endpoints, objects and the agent itself come and go.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use sluice_lab::traffic::Connection;
+use sluice_lab::{Family, LabSpec, Mode, Netns};
+
+use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, Service, wait};
+
+const SHOP: Service = Service { name: "cart", number: 7 };
+/// Enough that each of two endpoints gets some: all to one happens once in 32768 runs.
+const CONNECTIONS: usize = 16;
+
+fn bed(mode: Mode, tables: &'static str) -> Bed {
+    let spec = LabSpec::kernel_only(2, 2);
+    let objects = [
+        ("service.yaml", SHOP.manifest("")),
+        ("slices.yaml", SHOP.slices(&spec, &["pod1-1", "pod2-1"])),
+    ];
+    Bed::up(&spec, Config { tables, ..Config::new(mode) }, &objects)
+}
+
+fn set_endpoints(bed: &Bed, pods: &[&str]) {
+    bed.write("slices.yaml", &SHOP.slices(bed.lab.spec(), pods));
+    bed.wait_endpoints(SHOP.name, pods);
+}
+
+/// A connection that was answered by `pod` and must be from then on.
+struct Kept {
+    connection: Connection,
+    pod: String,
+}
+
+impl Kept {
+    fn open(bed: &Bed, target: SocketAddr) -> Self {
+        let opened = bed.netns("client").enter(|| Connection::open(target)).expect("the client");
+        let mut connection = opened.unwrap_or_else(|e| panic!("{target}: {e}\n{}", bed.log()));
+        let pod = connection.ask("/").expect("an answer").pod;
+        Self { connection, pod }
+    }
+
+    fn open_many(bed: &Bed) -> Vec<Self> {
+        let targets = FAMILIES.map(|family| SHOP.load_balancer(family, HTTP));
+        targets.iter().flat_map(|to| (0..CONNECTIONS / 2).map(|_| Self::open(bed, *to))).collect()
+    }
+
+    fn asserts_same_pod(&mut self, when: &str) {
+        let answer = self.connection.ask("/").unwrap_or_else(|e| panic!("{when}: {e}"));
+        assert_eq!(answer.pod, self.pod, "{when}");
+    }
+}
+
+fn pods(connections: &[Kept]) -> BTreeSet<&str> {
+    connections.iter().map(|c| c.pod.as_str()).collect()
+}
+
+fn all_stay(connections: &mut [Kept], when: &str) {
+    connections.iter_mut().for_each(|c| c.asserts_same_pod(when));
+}
+
+fn connections_stay(mode: Mode) {
+    let mut bed = bed(mode, "");
+    let mut first = Kept::open_many(&bed);
+    assert_eq!(pods(&first), BTreeSet::from(["pod1-1", "pod2-1"]));
+
+    set_endpoints(&bed, &["pod1-1", "pod2-1", "pod1-2", "pod2-2"]);
+    all_stay(&mut first, "endpoints were added");
+
+    set_endpoints(&bed, &["pod1-2", "pod2-2"]);
+    all_stay(&mut first, "their endpoints were removed");
+    let mut second = Kept::open_many(&bed);
+    assert_eq!(pods(&second), BTreeSet::from(["pod1-2", "pod2-2"]), "new connections");
+
+    bed.kill();
+    all_stay(&mut first, "the agent was killed");
+    all_stay(&mut second, "the agent was killed");
+    bed.start();
+    all_stay(&mut first, "the agent was started again");
+    all_stay(&mut second, "the agent was started again");
+
+    bed.stop();
+    bed.write("slices.yaml", &SHOP.slices(bed.lab.spec(), &["pod1-1"]));
+    bed.start();
+    bed.wait_endpoints(SHOP.name, &["pod1-1"]);
+    all_stay(&mut first, "endpoints changed while no agent ran");
+    all_stay(&mut second, "endpoints changed while no agent ran");
+    assert_eq!(pods(&Kept::open_many(&bed)), BTreeSet::from(["pod1-1"]), "new connections");
+}
+
+#[test]
+fn native_tcp_connection_stays_with_its_pod_while_endpoints_and_agent_change() {
+    connections_stay(Mode::Native);
+}
+
+#[test]
+fn generic_tcp_connection_stays_with_its_pod_while_endpoints_and_agent_change() {
+    connections_stay(Mode::Generic);
+}
+
+/// A socket whose datagrams are one connection.
+struct Datagrams(UdpSocket);
+
+impl Datagrams {
+    fn open(netns: &Netns, target: SocketAddr) -> Self {
+        let any = match target {
+            SocketAddr::V4(_) => IpAddr::from([0, 0, 0, 0]),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let opened = netns.enter(|| {
+            let socket = UdpSocket::bind((any, 0))?;
+            socket.connect(target)?;
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+            Ok::<_, io::Error>(socket)
+        });
+        Self(opened.expect("the namespace").expect("a socket"))
+    }
+
+    /// The pod that echoes.
+    fn ask(&self) -> io::Result<String> {
+        self.0.send(b"who")?;
+        let mut buffer = [0; 128];
+        let len = self.0.recv(&mut buffer)?;
+        let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+        Ok(text.split(' ').next().unwrap_or_default().to_owned())
+    }
+}
+
+#[test]
+fn udp_connection_stays_while_its_endpoint_does_and_moves_on_when_it_is_removed() {
+    let bed = bed(Mode::Native, "");
+    let client = bed.netns("client");
+    let sockets: Vec<(Datagrams, String)> = FAMILIES
+        .into_iter()
+        .flat_map(|family| {
+            let target = SHOP.load_balancer(family, ECHO);
+            (0..CONNECTIONS / 2).map(move |_| target)
+        })
+        .map(|target| {
+            let socket = Datagrams::open(&client, target);
+            let pod = socket.ask().unwrap_or_else(|e| panic!("{target}: {e}\n{}", bed.log()));
+            (socket, pod)
+        })
+        .collect();
+    let first: BTreeSet<&str> = sockets.iter().map(|(_, pod)| pod.as_str()).collect();
+    assert_eq!(first, BTreeSet::from(["pod1-1", "pod2-1"]));
+
+    set_endpoints(&bed, &["pod1-1", "pod2-1", "pod1-2", "pod2-2"]);
+    for (socket, pod) in &sockets {
+        assert_eq!(socket.ask().expect("an echo"), *pod, "endpoints were added");
+    }
+    set_endpoints(&bed, &["pod1-1", "pod2-2"]);
+    for (socket, pod) in &sockets {
+        // What was in flight while the endpoint went may have made its record anew; it is
+        // forgotten after a grace period.
+        let now = wait("another endpoint", || match socket.ask() {
+            Ok(now) if now == "pod2-1" => Err("still the removed one".to_owned()),
+            Ok(now) => Ok(now),
+            Err(error) => Err(error.to_string()),
+        });
+        if pod == "pod1-1" {
+            assert_eq!(now, "pod1-1", "its endpoint is still there");
+        } else {
+            assert!(["pod1-1", "pod2-2"].contains(&now.as_str()), "{now}");
+        }
+    }
+}
+
+/// Datagrams one after the other, a few milliseconds apart, until it is ended.
+struct Stream {
+    ended: Arc<AtomicBool>,
+    sender: thread::JoinHandle<u32>,
+    receiver: thread::JoinHandle<()>,
+    echoed: Arc<Mutex<BTreeSet<u32>>>,
+}
+
+impl Stream {
+    fn start(netns: &Netns, target: SocketAddr) -> Self {
+        let Datagrams(socket) = Datagrams::open(netns, target);
+        let ended = Arc::new(AtomicBool::new(false));
+        let echoed = Arc::new(Mutex::new(BTreeSet::new()));
+        let (out, stop) = (socket.try_clone().expect("a second handle"), ended.clone());
+        let sender = thread::spawn(move || {
+            let mut number = 0u32;
+            while !stop.load(Ordering::Relaxed) {
+                out.send(number.to_string().as_bytes()).expect("send");
+                number += 1;
+                thread::sleep(Duration::from_millis(3));
+            }
+            number
+        });
+        let (stop, set) = (ended.clone(), echoed.clone());
+        let receiver = thread::spawn(move || {
+            let mut buffer = [0; 128];
+            loop {
+                match socket.recv(&mut buffer) {
+                    Ok(len) => {
+                        let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+                        let number: Option<u32> =
+                            text.split(' ').nth(1).and_then(|n| n.parse().ok());
+                        set.lock().expect("no panic").extend(number);
+                    }
+                    // Nothing for as long as the socket waits: what is not there is lost.
+                    Err(_) if stop.load(Ordering::Relaxed) => return,
+                    Err(_) => {}
+                }
+            }
+        });
+        Self { ended, sender, receiver, echoed }
+    }
+
+    /// How many were sent, and how many of them came back.
+    fn end(self) -> (u32, u32) {
+        self.ended.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().expect("the sender");
+        self.receiver.join().expect("the receiver");
+        let echoed = self.echoed.lock().expect("no panic").len();
+        (sent, u32::try_from(echoed).expect("few"))
+    }
+}
+
+fn no_packet_is_lost(mode: Mode) {
+    let mut bed = bed(mode, "");
+    set_endpoints(&bed, &["pod2-1"]);
+    let streams: Vec<Stream> = FAMILIES
+        .into_iter()
+        .flat_map(|family| {
+            let inner = SocketAddr::new(bed.pod("pod1-1").address(family), 5353);
+            [
+                // Translated, encapsulated, decapsulated, translated back.
+                Stream::start(&bed.netns("client"), SHOP.load_balancer(family, ECHO)),
+                // Decapsulated and delivered.
+                Stream::start(&bed.netns("pod2-2"), inner),
+            ]
+        })
+        .collect();
+    thread::sleep(Duration::from_millis(200));
+    bed.kill();
+    thread::sleep(Duration::from_millis(200));
+    bed.start();
+    thread::sleep(Duration::from_millis(200));
+    bed.stop();
+    bed.start();
+    thread::sleep(Duration::from_millis(200));
+    for stream in streams {
+        let (sent, echoed) = stream.end();
+        assert!(sent > 100, "only {sent} datagrams were sent");
+        assert_eq!(echoed, sent, "datagrams lost: {}", sent - echoed);
+    }
+}
+
+#[test]
+fn native_loses_no_packet_while_the_agent_is_killed_and_started_again() {
+    no_packet_is_lost(Mode::Native);
+}
+
+#[test]
+fn generic_loses_no_packet_while_the_agent_is_killed_and_started_again() {
+    no_packet_is_lost(Mode::Generic);
+}
+
+#[test]
+fn datapath_serves_new_and_old_connections_while_no_agent_runs() {
+    // Connections are decided anew every second, without an agent too.
+    let mut bed = bed(Mode::Native, "[timeouts]\nredecide = \"1s\"\n");
+    let mut old = Kept::open_many(&bed);
+    bed.kill();
+    let status = bed.status();
+    assert_eq!((&status["ready"], &status["running"]), (&false.into(), &false.into()));
+    for _ in 0..3 {
+        thread::sleep(Duration::from_millis(700));
+        all_stay(&mut old, "no agent runs");
+        for family in FAMILIES {
+            let node = bed.node(1).address(family);
+            let there = SocketAddr::new(node, SHOP.http_node_port());
+            let pods = bed.ask_often("client", there, 4);
+            assert_eq!(pods.values().sum::<usize>(), 4, "{pods:?}");
+            bed.ask_udp("client", SHOP.load_balancer(family, ECHO));
+            bed.ping("pod2-1", bed.pod("pod1-1").address(family), 56, 2, &[]);
+        }
+    }
+    assert!(bed.counters().reason("reply_remote") > 0, "`sluice counters` needs no agent");
+}
+
+#[test]
+fn deleted_service_is_no_longer_served_and_the_others_are() {
+    const OTHER: Service = Service { name: "other", number: 8 };
+    let bed = bed(Mode::Native, "");
+    bed.write("other.yaml", &OTHER.objects(bed.lab.spec(), &["pod1-2"]));
+    bed.wait_endpoints(OTHER.name, &["pod1-2"]);
+    let target = OTHER.load_balancer(Family::V4, HTTP);
+    assert_eq!(bed.ask("client", target).pod, "pod1-2");
+    bed.remove("other.yaml");
+    wait("the Service is gone", || match bed.endpoints(OTHER.name) {
+        left if left.is_empty() => Ok(()),
+        left => Err(format!("{left:?}")),
+    });
+    let services = bed.lab.sluice(NODE, &["services"]).expect("services");
+    assert!(!services.contains("shop/other"), "{services}");
+    let url = format!("http://{target}/");
+    let (answered, text) = bed.try_run("client", "curl", &["-sS", "--max-time", "1", &url]);
+    assert!(!answered, "{text}");
+    bed.ask("client", SHOP.load_balancer(Family::V4, HTTP));
+}
