@@ -309,15 +309,26 @@ impl Counts {
         expected: &super::scenario::Expected,
         repeat: u32,
     ) -> Result<(), BenchError> {
-        for (info, (before, after)) in REASONS.iter().zip(self.reasons.iter().zip(&after.reasons)) {
-            let wanted = if expected.reason == Some(info.reason) { u64::from(repeat) } else { 0 };
-            let moved = after.wrapping_sub(*before);
-            if moved != wanted {
-                return Err(BenchError::Astray(format!(
-                    "{moved} of {repeat} packets were counted as {}, expected {wanted}",
-                    info.label
-                )));
+        let counted: Vec<_> = REASONS
+            .iter()
+            .zip(self.reasons.iter().zip(&after.reasons))
+            .map(|(info, (before, after))| (info, after.wrapping_sub(*before)))
+            .filter(|(_, packets)| *packets != 0)
+            .collect();
+        let right = match (expected.reason, counted.as_slice()) {
+            (None, []) => true,
+            (Some(reason), [(info, packets)]) => {
+                info.reason == reason && *packets == u64::from(repeat)
             }
+            _ => false,
+        };
+        if !right {
+            let wanted = expected.reason.map_or("nothing".to_owned(), |r| r.label().to_owned());
+            let list: Vec<_> = counted.iter().map(|(i, n)| format!("{} {n}", i.label)).collect();
+            return Err(BenchError::Astray(format!(
+                "{repeat} packets of which all should count as {wanted} counted as: {}",
+                if list.is_empty() { "nothing".to_owned() } else { list.join(", ") }
+            )));
         }
         let new_flows = after.new_flows.wrapping_sub(self.new_flows);
         let wanted = if expected.new { u64::from(repeat) } else { 0 };
