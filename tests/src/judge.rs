@@ -2,12 +2,14 @@
 
 use sluice_abi::{
     BackendCounter, FlowSet, Hook, REASONS, Reason, ReasonCounter, ServiceCounter, SnatSlot,
+    VerdictKind,
 };
 use sluice_datapath::verdict::{Action, Direction};
 
 use crate::fixtures::{Account, Fixture, HeadRoom, Out, Step, Trail, Where};
 use crate::host::Host;
 use crate::kernel::{Kernel, code};
+use crate::packet;
 use crate::world::{World, size};
 
 /// XDP_PACKET_HEADROOM without `struct xdp_frame` (net/bpf/test_run.c, include/net/xdp.h).
@@ -218,7 +220,7 @@ pub fn judge(fixture: &Fixture, runner: &mut (impl Runner + ?Sized)) -> Result<O
 
 /// Frames that were forwarded at a hook.
 fn forwarded(runner: &(impl Runner + ?Sized), hook: Hook) -> u64 {
-    let rows = REASONS.iter().filter(|r| r.kind == sluice_abi::VerdictKind::Forward);
+    let rows = REASONS.iter().filter(|r| r.kind == VerdictKind::Forward);
     rows.map(|r| runner.reason(hook, r.reason as u32).packets).sum()
 }
 
@@ -358,3 +360,50 @@ pub fn in_kernel(fixture: &Fixture) -> bool {
 
 /// The reasons that no IP header gives, so that they have no family.
 pub const WITHOUT_FAMILY: [Reason; 2] = [Reason::NotIp, Reason::Vlan];
+
+/// Runs one frame on the host and, if it is long enough to be a frame there, in the kernel: same
+/// return value, same bytes, same reason; and a frame that passed is as it came.
+///
+/// # Panics
+/// If one of them is not so.
+pub fn agree(
+    host: &mut Host,
+    kernel: &mut Kernel,
+    hook: Hook,
+    ifindex: u32,
+    frame: &[u8],
+) -> Reason {
+    let ran = host.run(hook, ifindex, frame, HEAD_ROOM);
+    let reason = ran.verdict.reason;
+    if reason.kind() == VerdictKind::Pass {
+        assert_eq!(ran.bytes, frame, "{reason:?} on the host: {}", difference(&ran.bytes, frame));
+    }
+    if !is_taken(hook, frame) {
+        return reason;
+    }
+    let before = Runner::reason(kernel, hook, reason as u32);
+    let other = kernel.run(hook, ifindex, frame);
+    let after = Runner::reason(kernel, hook, reason as u32);
+    let context =
+        || format!("{reason:?} on the host, {} bytes: {}", frame.len(), hex(frame, frame.len()));
+    assert_eq!(after.packets, before.packets + 1, "another reason in the kernel: {}", context());
+    assert_eq!(after.bytes, before.bytes + frame.len() as u64, "{}", context());
+    assert_eq!(other.code, code_of(hook, ran.verdict.action), "{}", context());
+    if ran.verdict.action != Action::Drop {
+        assert_eq!(other.bytes, ran.bytes, "{}", difference(&other.bytes, &ran.bytes));
+        assert_eq!(other.mark(), ran.mark, "{}", context());
+    }
+    reason
+}
+
+/// Whether BPF_PROG_TEST_RUN takes a frame (net/bpf/test_run.c).
+fn is_taken(hook: Hook, frame: &[u8]) -> bool {
+    // An Ethernet header at least; at most a page without head room and `struct skb_shared_info`.
+    const LENGTHS: std::ops::RangeInclusive<usize> = 14..=3400;
+    // At TC the IP header that the EtherType promises must be there.
+    let promised = match packet::family_of(frame) {
+        Some(family) if hook != Hook::Xdp => packet::l4_offset(family),
+        _ => 0,
+    };
+    LENGTHS.contains(&frame.len()) && frame.len() >= promised
+}

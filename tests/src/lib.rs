@@ -16,4 +16,5 @@ pub mod judge;
 pub mod kernel;
 pub mod netns;
 pub mod packet;
+pub mod shared_data;
 pub mod world;
