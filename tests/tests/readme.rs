@@ -81,6 +81,11 @@ fn refused(command: &str) -> Result<(), String> {
         ["install", "-m", _, from, _] => there(from),
         ["systemctl", "daemon-reload"] | ["systemctl", "enable", "--now", "sluice"] => Ok(()),
         ["kubectl", "get", ..] => Ok(()),
+        ["cargo", "test", "--package", name] => {
+            let lock = fs::read_to_string(root().join("Cargo.lock")).expect("Cargo.lock");
+            let known = lock.lines().any(|l| l == format!("name = \"{name}\""));
+            if known { Ok(()) } else { Err(format!("no crate {name}")) }
+        }
         ["kubectl", "apply", "--kustomize", dir] => there(&format!("{dir}/kustomization.yaml")),
         [program, ..] if program.contains('/') => there(program),
         _ => Err("a command that this test does not know".to_owned()),
