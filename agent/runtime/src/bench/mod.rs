@@ -78,6 +78,14 @@ pub enum BenchError {
         /// What aya says.
         source: Box<MapError>,
     },
+    /// The file of an object cannot be read.
+    #[error("--object {}: {source}", path.display())]
+    Object {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The object is not ours.
     #[error("the {object} object has no {kind} {name}; build sluice anew")]
     Missing {

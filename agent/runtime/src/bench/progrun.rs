@@ -2,6 +2,7 @@
 //! on the machine meanwhile changes all rows alike.
 
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
@@ -49,6 +50,9 @@ pub struct ProgrunArgs {
     /// The processor to measure on [default: the last one that this process may use].
     #[arg(long, value_name = "N")]
     cpu: Option<usize>,
+    /// Measure this BPF object instead of the one that the agent carries: to compare two builds.
+    #[arg(long, value_name = "FILE")]
+    object: Option<PathBuf>,
     /// Tables for people or JSON for programs.
     #[arg(long, short, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -114,7 +118,14 @@ pub(super) fn run(args: &ProgrunArgs) -> Result<(String, ExitCode), BenchError> 
     let cpu = stay_on_one_cpu(args.cpu)?;
     let bar = progress(u64::from(args.rounds) * scenarios.len() as u64);
     bar.set_message("loading");
-    let mut rig = Rig::load(OBJECT, &sizes)?;
+    let mut rig = match &args.object {
+        Some(path) => {
+            let object = std::fs::read(path)
+                .map_err(|source| BenchError::Object { path: path.clone(), source })?;
+            Rig::load(&object, &sizes)?
+        }
+        None => Rig::load(OBJECT, &sizes)?,
+    };
     let conditions = Conditions::gather(&rig, &sizes, cpu, args.rounds, args.repeat)?;
     let mut rows: Vec<Row> = scenarios.iter().copied().map(Row::new).collect();
     if scenarios.iter().any(|s| s.kind.is_new()) {
@@ -187,6 +198,7 @@ mod tests {
             family: None,
             only: Vec::new(),
             cpu: None,
+            object: None,
             output: Output::Table,
         }
     }
