@@ -141,16 +141,20 @@ impl Bed {
 
     /// Starts the agent without waiting for it.
     pub fn spawn_agent(&mut self) {
+        self.agent = Some(self.spawn_agent_on(NODE));
+    }
+
+    fn spawn_agent_on(&mut self, node: &str) -> RunningAgent {
         let quoted = |path: PathBuf| format!("{:?}", path.display().to_string());
         let config = &self.config;
         let text = format!(
-            "node_name = \"{NODE}\"\npin_dir = {pins}\nrun_dir = {run}\n\
+            "node_name = \"{node}\"\npin_dir = {pins}\nrun_dir = {run}\n\
              [source]\npath = {objects}\nsettle = \"50ms\"\n\
              [datapath]\nuplinks = [\"{UPLINK}\"]\ntunnel_devices = [\"{VXLAN_DEVICE}\"]\n\
              mode = \"{mode}\"\nbehaviour = \"{behaviour}\"\ndelivery = \"{delivery}\"\n\
              exclude_interfaces = {exclude:?}\n{tables}",
-            pins = quoted(self.lab.make_pin_dir(NODE).expect("a directory for pins")),
-            run = quoted(self.lab.dir().join(NODE)),
+            pins = quoted(self.lab.make_pin_dir(node).expect("a directory for pins")),
+            run = quoted(self.lab.dir().join(node)),
             objects = quoted(self.objects()),
             mode = config.mode,
             behaviour = config.behaviour,
@@ -158,13 +162,19 @@ impl Bed {
             exclude = config.exclude,
             tables = config.tables,
         );
-        let path = self.lab.agent_config(NODE);
+        let path = self.lab.agent_config(node);
         fs::write(&path, text).expect("a configuration file");
         let mut command = Command::new(&self.lab.context().sluice);
         command.arg("run").arg("--config").arg(&path);
-        let node = self.lab.host(NODE).expect("node1");
-        let process = self.lab.spawn(&node, "sluice run", &mut command).expect("sluice run");
-        self.agent = Some(RunningAgent { process, node: NODE.to_owned(), config: path });
+        let host = self.lab.host(node).expect("a node");
+        let process = self.lab.spawn(&host, "sluice run", &mut command).expect("sluice run");
+        RunningAgent { process, node: node.to_owned(), config: path }
+    }
+
+    /// A second agent with the same configuration and objects, on another node.
+    pub fn start_on(&mut self, node: &str) {
+        let agent = self.spawn_agent_on(node);
+        self.lab.wait_ready(&agent).expect("an agent that is ready");
     }
 
     /// Starts the agent and waits until it is ready.
@@ -368,7 +378,33 @@ pub fn wait<T>(what: &str, mut check: impl FnMut() -> Result<T, String>) -> T {
     }
 }
 
-/// Counted since `before`, once a counter that must move has.
+/// Two seconds of iperf3 with its server at `to`, in both directions at once: bytes that arrived
+/// there, and here. Both must be many, with few datagrams lost.
+pub fn iperf(bed: &Bed, from: &str, to: IpAddr, more: &[&str]) -> (u64, u64) {
+    let to = to.to_string();
+    let mut args = vec!["--client", &to, "--time", "2", "--bidir", "--json"];
+    args.extend(more);
+    // The server may still be starting.
+    let result = wait("iperf3", || {
+        let (_, text) = bed.try_run(from, "iperf3", &args);
+        let json: Value = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
+        match json["error"].as_str() {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(json),
+        }
+    });
+    let [there, here] = ["sum_received", "sum_received_bidir_reverse"].map(|sum| {
+        let sum = &result["end"][sum];
+        let bytes = sum["bytes"].as_u64().unwrap_or_default();
+        assert!(bytes > 1_000_000, "iperf3 {args:?} from {from}: {sum}");
+        let lost = sum["lost_percent"].as_f64().unwrap_or_default();
+        assert!(lost < 5.0, "iperf3 {args:?} from {from}: {sum}");
+        bytes
+    });
+    (there, here)
+}
+
+/// Counted since `before`.
 pub fn delta(bed: &Bed, before: &Counters) -> Counters {
     bed.counters().since(before)
 }

@@ -1,11 +1,12 @@
 //! Services from outside and from pods, to endpoints on this node and on another.
 
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 
 use sluice_lab::plan::{CLIENT_V4, CLIENT_V6};
 use sluice_lab::{Family, LabSpec, Mode, RpFilter};
 
-use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, Service, delta, drops};
+use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, Service, delta, drops, iperf};
 
 const LOCAL: Service = Service { name: "local", number: 1 };
 const REMOTE: Service = Service { name: "remote", number: 2 };
@@ -122,4 +123,102 @@ fn native_serves_remote_backends_over_an_ipv6_underlay() {
 fn generic_serves_remote_backends_over_an_ipv6_underlay() {
     let spec = LabSpec { underlay: Family::V6, ..LabSpec::kernel_only(2, 2) };
     serves(&bed(Mode::Generic, &spec, "auto"));
+}
+
+/// Full-sized packets in both directions, through translation and encapsulation.
+fn streams(mode: Mode) {
+    let spec = LabSpec::kernel_only(2, 1);
+    // iperf3's own port, with the numbers of its pods.
+    let iperf3 = |service: Service, pod| {
+        let text = service.objects(&spec, &[pod]);
+        let text = text.replace("port: 80,", "port: 5201,").replace("port: 53,", "port: 5201,");
+        text.replace("Port: 8080", "Port: 5201")
+            .replace("port: 8080", "port: 5201")
+            .replace("Port: 5353", "Port: 5201")
+            .replace("port: 5353", "port: 5201")
+    };
+    let objects =
+        [("local.yaml", iperf3(LOCAL, "pod1-1")), ("remote.yaml", iperf3(REMOTE, "pod2-1"))];
+    let mut bed = Bed::up(&spec, Config::new(mode), &objects);
+    for pod in ["pod1-1", "pod2-1"] {
+        let host = bed.lab.host(pod).expect("a pod");
+        let mut server = Command::new("iperf3");
+        bed.lab.spawn(&host, "iperf3", server.arg("--server")).expect("iperf3");
+    }
+    for (service, family) in
+        [(LOCAL, Family::V4), (REMOTE, Family::V6), (LOCAL, Family::V6), (REMOTE, Family::V4)]
+    {
+        let udp: &[&str] = &["--udp", "--bitrate", "10M"];
+        let more = if (service.name, family) == ("local", Family::V6) { udp } else { &[] };
+        let before = bed.counters();
+        let (there, here) = iperf(&bed, "client", service.load_balancer_ip(family), more);
+        let counted = delta(&bed, &before);
+        let sum = |names: [&str; 2]| names.iter().map(|name| counted.reason(name)).sum::<u64>();
+        let translated = sum(["dnat_local", "dnat_remote"]);
+        let replies = sum(["reply_local", "reply_remote"]);
+        assert!(translated >= there / 1500, "{service:?}: {there} bytes in {translated} packets");
+        assert!(replies >= here / 1500, "{service:?}: {here} bytes in {replies} packets");
+        assert!(drops(&counted).is_empty(), "{service:?} {family}: {:?}", drops(&counted));
+    }
+}
+
+#[test]
+fn native_translates_full_sized_streams_in_both_directions() {
+    streams(Mode::Native);
+}
+
+#[test]
+fn generic_translates_full_sized_streams_in_both_directions() {
+    streams(Mode::Generic);
+}
+
+/// Two agents: what one encapsulates the other takes out.
+fn both_nodes_serve(mode: Mode) {
+    let spec = LabSpec::kernel_only(2, 2);
+    let mut bed = bed(mode, &spec, "auto");
+    bed.start_on("node2");
+    let counters = |node: &str| bed.lab.agent_counters(node).expect("counters");
+    for family in FAMILIES {
+        for (service, pod) in [(LOCAL, "pod1-1"), (REMOTE, "pod2-1")] {
+            for node in [1, 2] {
+                let before = [NODE, "node2"].map(counters);
+                let address = bed.node(node).address(family);
+                let http = SocketAddr::new(address, service.http_node_port());
+                assert_eq!(bed.ask("client", http).pod, pod, "{http}");
+                assert_large_body(&bed, "client", http);
+                let echo = SocketAddr::new(address, service.echo_node_port());
+                assert_eq!(bed.ask_udp("client", echo), pod, "{echo}");
+                let counted =
+                    [counters(NODE).since(&before[0]), counters("node2").since(&before[1])];
+                let far = if pod == "pod1-1" { &counted[0] } else { &counted[1] };
+                let near = &counted[node - 1];
+                let local = (pod == "pod1-1") == (node == 1);
+                let there = if local { "dnat_local" } else { "dnat_remote" };
+                assert!(near.reason(there) > 10, "{http}: {near:#?}");
+                assert_eq!(far.reason("decap_local") > 10, !local, "{http}: {far:#?}");
+                for delta in &counted {
+                    assert!(drops(delta).is_empty(), "{http}: {:?}", drops(delta));
+                }
+            }
+            for pod_of in ["pod1-2", "pod2-2"] {
+                let http = SocketAddr::new(service.cluster_ip(family), HTTP);
+                let answer = bed.ask(pod_of, http);
+                assert_eq!(answer.pod, pod, "{http} from {pod_of}");
+                assert_eq!(answer.client, bed.pod(pod_of).address(family), "{http} from {pod_of}");
+                assert_large_body(&bed, pod_of, http);
+                let echo = SocketAddr::new(service.cluster_ip(family), ECHO);
+                assert_eq!(bed.ask_udp(pod_of, echo), pod, "{echo} from {pod_of}");
+            }
+        }
+    }
+}
+
+#[test]
+fn native_agents_on_both_nodes_serve_each_others_pods() {
+    both_nodes_serve(Mode::Native);
+}
+
+#[test]
+fn generic_agents_on_both_nodes_serve_each_others_pods() {
+    both_nodes_serve(Mode::Generic);
 }
