@@ -133,10 +133,12 @@ impl Connection {
         Way::Works
     }
 
-    /// Opens the connection and lets the backend answer once.
+    /// Opens the connection, lets the backend answer once, and the client go on.
     fn establish(&self, runner: &mut dyn Runner) -> Vec<u8> {
         let seen = self.open(runner);
         assert_eq!(self.answer(runner, &seen), Way::Works, "{:?}", self.service);
+        let next = self.send(runner, &later(self.request.clone()));
+        assert!(next.is_ok(), "{:?}: {next:?}", self.service);
         seen
     }
 
@@ -285,6 +287,47 @@ fn unanswered_connections_give_way_oldest_first() {
             assert_eq!(alive.len(), 16);
             assert!(!alive.contains(&client(n - 16)), "{n}: the oldest is still there");
             assert!(alive.contains(&client(n - 15)), "{n}: a younger one gave way");
+        }
+    });
+}
+
+#[test]
+fn forged_syns_give_way_though_the_backend_answered_them() {
+    let mut world = World::standard();
+    world.settings.flow_set_mask = 0;
+    on_both(world, |runner, _| {
+        let connection = |n: u16| {
+            let client = ip::client(Family::V4, 100 + n);
+            Connection::new(Family::V4, IPPROTO_TCP, Svc::LocalStack, client, CLIENT_PORT)
+        };
+        for n in 0..16 {
+            let seen = connection(n).open(runner);
+            assert_eq!(connection(n).answer(runner, &seen), Way::Works);
+        }
+        for n in 16..32 {
+            connection(n).establish(runner);
+        }
+        let newcomer = connection(99);
+        assert_eq!(newcomer.send(runner, &newcomer.request), Err(Reason::FlowTableFull));
+    });
+}
+
+#[test]
+fn syn_after_the_end_of_a_connection_begins_another() {
+    on_both(World::standard(), |runner, world| {
+        for service in [Svc::LocalStack, Svc::TunnelV4] {
+            let client = ip::client(Family::V4, 9);
+            let c = Connection::new(Family::V4, IPPROTO_TCP, service, client, 50_000);
+            c.establish(runner);
+            assert!(c.send(runner, &c.request.clone().flags(tcp::RST)).is_ok());
+            let old = record_of(runner, &c).2;
+            assert_eq!(old.timeout, TIMEOUTS.tcp_closing);
+            c.establish(runner);
+            let new = record_of(runner, &c).2;
+            assert_eq!(new.timeout, TIMEOUTS.tcp_established);
+            assert_eq!(new.backend_id, old.backend_id, "consistent hashing");
+            tables_agree(runner);
+            runner.rewrite(world);
         }
     });
 }
@@ -627,6 +670,8 @@ fn ends_of_a_connection_shorten_its_life() {
         let (c, seen) = connect(runner, IPPROTO_TCP, 1111);
         assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_syn);
         assert_eq!(c.answer(runner, &seen), Way::Works);
+        assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_syn, "the client may be forged");
+        assert!(c.send(runner, &later(c.request.clone())).is_ok());
         assert_eq!(timeout(runner, &c), TIMEOUTS.tcp_established);
         let fin = c.request.clone().flags(tcp::FIN | tcp::ACK);
         assert!(c.send(runner, &fin).is_ok());

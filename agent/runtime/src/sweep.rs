@@ -93,17 +93,17 @@ pub fn expired(record: &FlowRecord, timeouts: &Timeouts, now: u32) -> bool {
 /// How long the record may be silent, in jiffies.
 pub fn timeout(record: &FlowRecord, timeouts: &Timeouts) -> u32 {
     let state = record.state;
-    let replied = state & flow_state::REPLIED != 0;
+    let confirmed = state & flow_state::CONFIRMED != 0;
     if record.proto == IPPROTO_TCP {
         let both = flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
         if state & flow_state::RESET != 0 || state & both == both {
             timeouts.tcp_closing
-        } else if replied {
+        } else if confirmed {
             timeouts.tcp_established
         } else {
             timeouts.tcp_syn
         }
-    } else if replied {
+    } else if confirmed {
         timeouts.udp_replied
     } else {
         timeouts.udp_oneway
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn silence_is_measured_against_the_state() {
-        let r = flow_state::REPLIED;
+        let r = flow_state::REPLIED | flow_state::CONFIRMED;
         let fins = r | flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
         for (proto, state, limit) in [
             (IPPROTO_TCP, 0, 60),

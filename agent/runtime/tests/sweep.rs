@@ -86,8 +86,8 @@ fn silent_connections_are_forgotten_and_others_stay() {
             &[
                 record(IPPROTO_UDP, 0, 31),
                 record(IPPROTO_UDP, 0, 29),
-                record(IPPROTO_TCP, flow_state::REPLIED, 7000),
-                record(IPPROTO_TCP, flow_state::REPLIED | flow_state::RESET, 11),
+                record(IPPROTO_TCP, flow_state::CONFIRMED, 7000),
+                record(IPPROTO_TCP, flow_state::CONFIRMED | flow_state::RESET, 11),
             ],
         );
         tables.put(3, &[record(IPPROTO_TCP, 0, 61)]);
@@ -143,7 +143,7 @@ fn udp_of_a_removed_endpoint_ends_and_tcp_lives_on() {
         let to = |proto, service, backend_id| FlowRecord {
             service,
             backend_id,
-            ..record(proto, flow_state::REPLIED, 1)
+            ..record(proto, flow_state::CONFIRMED, 1)
         };
         tables.put(
             0,

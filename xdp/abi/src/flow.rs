@@ -20,7 +20,7 @@ pub const FLOW_WAYS: usize = 16;
 
 /// Bits of [`FlowRecord::state`].
 pub mod flow_state {
-    /// A reply was seen: the record is not given away under pressure.
+    /// A reply was seen.
     pub const REPLIED: u32 = 1 << 0;
     /// The client sent FIN.
     pub const FIN_FORWARD: u32 = 1 << 1;
@@ -28,6 +28,10 @@ pub mod flow_state {
     pub const FIN_REPLY: u32 = 1 << 2;
     /// Either side sent RST.
     pub const RESET: u32 = 1 << 3;
+    /// Both sides are real: the client went on after the reply (TCP; the answer to a forged SYN
+    /// goes to somebody who did not ask), or a reply was seen (UDP). The record is not given away
+    /// under pressure and lives for the long timeout.
+    pub const CONFIRMED: u32 = 1 << 4;
 }
 
 /// Bits of [`FlowRecord::flags`].

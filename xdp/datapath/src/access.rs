@@ -207,23 +207,30 @@ impl<'a, T: Plain, const N: usize> At<'a, [T; N]> {
     }
 }
 
-impl At<'_, u32> {
-    /// The value, read here and now: never merged with another read.
-    #[inline(always)]
-    pub fn get_now(self) -> u32 {
-        // SAFETY: as in `get`; words in maps are aligned.
-        unsafe { self.as_ptr().read_volatile() }
-    }
+/// Words that are read and written here and now.
+macro_rules! now {
+    ($word:ty) => {
+        impl At<'_, $word> {
+            /// The value, read here and now: never merged with another read.
+            #[inline(always)]
+            pub fn get_now(self) -> $word {
+                // SAFETY: as in `get`; words in maps are aligned.
+                unsafe { self.as_ptr().read_volatile() }
+            }
 
-    /// Writes `value` here and now: after everything before it, before everything after it.
-    #[inline(always)]
-    pub fn set_now(self, value: u32) {
-        compiler_fence(Ordering::SeqCst);
-        // SAFETY: as in `set`; words in maps are aligned.
-        unsafe { self.as_ptr().write_volatile(value) };
-        compiler_fence(Ordering::SeqCst);
-    }
+            /// Writes `value` here and now: after everything before it, before everything after.
+            #[inline(always)]
+            pub fn set_now(self, value: $word) {
+                compiler_fence(Ordering::SeqCst);
+                // SAFETY: as in `set`; words in maps are aligned.
+                unsafe { self.as_ptr().write_volatile(value) };
+                compiler_fence(Ordering::SeqCst);
+            }
+        }
+    };
 }
+now!(u32);
+now!(u64);
 
 impl At<'_, u64> {
     /// Adds to a word that only this CPU writes (per-CPU counters).

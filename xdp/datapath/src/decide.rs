@@ -13,7 +13,7 @@ use crate::wire::{Ethernet, TCP_FIN, TCP_RST, TCP_SYN};
 use sluice_abi::{
     Addr, Ask, Backend, Be16, Delivery, Exit, ExitKind, Extent, Family, FlowRecord, Frontend,
     FrontendKey, IPPROTO_TCP, Pod, Reason, Route, Scratch, Seeds, Settings, SnatSlot, Timeouts,
-    Tunnel, Vtep, frontend_flags, record_flags, settings_flags,
+    Tunnel, Vtep, frontend_flags, maps, record_flags, settings_flags,
 };
 
 macro_rules! put {
@@ -139,6 +139,9 @@ pub fn ask<'a, E: Env>(
     let changed = Stop { reason: Reason::FlowChanged, service };
     let (index, way) = slot.owner().ok_or(changed)?;
     let found = flow::at(env, index, way).ok_or(changed)?;
+    if !flow::is_request(found.record, &stashed(scratch)) {
+        return Err(changed);
+    }
     Ok(Decided { found, new: answer.0 & Answer::NEW != 0 })
 }
 
@@ -156,7 +159,8 @@ pub fn answer<E: Env>(env: &E) -> Answer {
     if let Some((index, way)) = field!(ask, Ask, renew).get().owner() {
         return match flow::at(env, index, way) {
             Some(found) => {
-                renew(env, settings, scratch, &found);
+                // Without a lock to be had the record stays as it is, which is not wrong yet.
+                let _renewed = renew(env, settings, scratch, &found);
                 Answer::decided(found.slot, false)
             }
             None => Answer::stopped(Reason::FlowChanged),
@@ -204,7 +208,6 @@ fn decide<E: Env>(
     match inserted {
         Inserted::New { slot, freed } => {
             give_back(env, freed, slot, SnatSlot::FREE);
-            give_back(env, claimed, SnatSlot::CLAIMED, slot);
             Ok(Answer::decided(slot, true))
         }
         Inserted::Other(slot) => {
@@ -349,26 +352,45 @@ pub fn is_stale<E: Env>(env: &E, settings: At<'_, Settings>, found: &Found<'_>) 
 /// Decides a record anew: the ways out, with the backend that it has. A backend that is gone from
 /// the tables keeps its old way: TCP connections live on, and the agent deletes the UDP ones.
 #[inline(always)]
-fn renew<E: Env>(env: &E, settings: At<'_, Settings>, scratch: At<'_, Scratch>, found: &Found<'_>) {
+fn renew<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    scratch: At<'_, Scratch>,
+    found: &Found<'_>,
+) -> Option<()> {
     let r = found.record;
     let draft = field!(scratch, Scratch, draft);
     let ask = field!(scratch, Scratch, ask);
+    let exit = field!(draft, FlowRecord, forward);
+    exit.copy_from(field!(r, FlowRecord, forward));
     if let Some(backend) = env.backend(field!(r, FlowRecord, backend_id).get()) {
         let same = field!(backend, Backend, addr).get() == field!(r, FlowRecord, backend).get()
             && field!(backend, Backend, port).get() == field!(r, FlowRecord, backend_port).get();
-        let exit = field!(draft, FlowRecord, forward);
         // A connection whose source is rewritten stays one, and the other way round.
         let snat = field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0;
-        if same && forward_exit(env, backend, exit) {
-            let remote = way_out(draft) >= ExitKind::Tunnel as u8;
-            if (remote && field!(ask, Ask, snat).get() != 0) == snat {
-                field!(r, FlowRecord, forward).copy_from(exit);
-            }
+        let wire = field!(ask, Ask, snat).get() != 0;
+        if same
+            && (!forward_exit(env, backend, exit)
+                || (way_out(draft) >= ExitKind::Tunnel as u8 && wire) != snat)
+        {
+            exit.copy_from(field!(r, FlowRecord, forward));
         }
     }
-    field!(r, FlowRecord, reply).copy_from(field!(draft, FlowRecord, reply));
-    field!(r, FlowRecord, decided).set(env.now());
-    field!(r, FlowRecord, epoch).set(field!(settings, Settings, epoch).get());
+    let now = env.now();
+    let epoch = field!(settings, Settings, epoch).get();
+    let tuple = stashed(scratch);
+    let (set, _) = found.slot.owner()?;
+    let lock = env.flow_lock(set % maps::FLOW_LOCKS)?;
+    env.lock(lock);
+    // The record may have ended, and another taken its place, since it was found.
+    if found.is_still_there() && flow::is_request(r, &tuple) {
+        field!(r, FlowRecord, forward).copy_from(exit);
+        field!(r, FlowRecord, reply).copy_from(field!(draft, FlowRecord, reply));
+        field!(r, FlowRecord, decided).set(now);
+        field!(r, FlowRecord, epoch).set(epoch);
+    }
+    env.unlock(lock);
+    Some(())
 }
 
 /// Whether a TCP packet without a record may begin one. `accelerate`: only a plain SYN, because

@@ -4,6 +4,7 @@ use crate::access::{At, opaque};
 use crate::env::Env;
 use crate::field;
 use crate::hash::{self, FlowHash};
+use crate::wire::{TCP_RST, TCP_SYN};
 use sluice_abi::{
     Addr, Be16, FLOW_WAYS, FlowRecord, FlowSet, IPPROTO_TCP, Scratch, Seeds, Settings, SnatSlot,
     Timeouts, flow_state, maps,
@@ -34,6 +35,26 @@ impl Found<'_> {
     pub fn end(&self) {
         self.tag_at.set_now(0);
     }
+}
+
+/// Ends a connection and gives its SNAT port back.
+#[inline(always)]
+pub fn release<E: Env>(env: &E, found: &Found<'_>) {
+    let claimed = field!(found.record, FlowRecord, snat).get();
+    found.end();
+    if claimed != 0
+        && let Some(slot) = env.snat(claimed - 1)
+    {
+        slot.replace_slot(found.slot, SnatSlot::FREE);
+    }
+}
+
+/// Whether a request begins a new connection on the tuple of one that has ended: a SYN after a FIN
+/// or an RST. It is decided anew, because the backend may be gone.
+#[inline(always)]
+pub fn begins_anew(r: At<'_, FlowRecord>, tcp_flags: u8) -> bool {
+    let ended = flow_state::FIN_FORWARD | flow_state::FIN_REPLY | flow_state::RESET;
+    tcp_flags & (TCP_SYN | TCP_RST) == TCP_SYN && field!(r, FlowRecord, state).get() & ended != 0
 }
 
 /// A packet's five-tuple.
@@ -77,8 +98,9 @@ impl Tuple {
     }
 }
 
+/// Whether a packet is a request of the record's connection.
 #[inline(always)]
-fn is_request(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
+pub fn is_request(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
     field!(r, FlowRecord, client_port).get() == t.src_port
         && field!(r, FlowRecord, vip_port).get() == t.dst_port
         && field!(r, FlowRecord, client).get() == t.src
@@ -277,17 +299,17 @@ pub enum Inserted {
 /// How long a record in this state lives without packets, in jiffies.
 #[inline(always)]
 pub fn timeout(timeouts: At<'_, Timeouts>, proto: u8, state: u32) -> u32 {
-    let replied = state & flow_state::REPLIED != 0;
+    let confirmed = state & flow_state::CONFIRMED != 0;
     if proto == IPPROTO_TCP {
         let fins = flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
         if state & flow_state::RESET != 0 || state & fins == fins {
             field!(timeouts, Timeouts, tcp_closing).get()
-        } else if replied {
+        } else if confirmed {
             field!(timeouts, Timeouts, tcp_established).get()
         } else {
             field!(timeouts, Timeouts, tcp_syn).get()
         }
-    } else if replied {
+    } else if confirmed {
         field!(timeouts, Timeouts, udp_replied).get()
     } else {
         field!(timeouts, Timeouts, udp_oneway).get()
@@ -301,8 +323,8 @@ mod rank {
     pub const FREE: u32 = 43;
     /// Silent for longer than its timeout.
     pub const EXPIRED: u32 = 42;
-    /// Never replied to.
-    pub const UNREPLIED: u32 = 41;
+    /// Not confirmed: half open, or never replied to.
+    pub const UNCONFIRMED: u32 = 41;
     /// Of the same client: who fills a set can only harm itself.
     pub const SAME_CLIENT: u32 = 40;
 }
@@ -325,12 +347,15 @@ fn rank_of(set: At<'_, FlowSet>, way: u32, client: Addr, now: u32) -> u64 {
     let tag = field!(set, FlowSet, tags).element(way).get_now();
     let r = field!(set, FlowSet, records).element(way);
     let age = now.wrapping_sub(field!(r, FlowRecord, seen).get());
+    // Another CPU may have stamped the record after `now` was read: that is no age at all.
+    let age = age & (opaque(age as u64 >> 31) as u32).wrapping_sub(1);
     let timeout = field!(r, FlowRecord, timeout).get();
-    let replied = (field!(r, FlowRecord, state).get() & flow_state::REPLIED) as u64;
+    const { assert!(flow_state::CONFIRMED == 1 << 4) };
+    let confirmed = (field!(r, FlowRecord, state).get() as u64 >> 4) & 1;
     let (a, b) = (field!(r, FlowRecord, client).get().words64(), client.words64());
     is_zero(tag as u64) << rank::FREE
         | is_below(timeout, age) << rank::EXPIRED
-        | (replied ^ 1) << rank::UNREPLIED
+        | (confirmed ^ 1) << rank::UNCONFIRMED
         | is_zero((a[0] ^ b[0]) | (a[1] ^ b[1])) << rank::SAME_CLIENT
         | (age as u64) << 4
         | way as u64
@@ -342,36 +367,41 @@ pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> I
     let Some(lock) = env.flow_lock(place.index % maps::FLOW_LOCKS) else {
         return Inserted::Full;
     };
-    let home = place.hash.home();
     let new = field!(scratch, Scratch, draft);
     let now = field!(new, FlowRecord, seen).get();
     let tuple = Tuple::of_request(new);
+    let claimed = field!(new, FlowRecord, snat).get();
+    let snat = if claimed != 0 { env.snat(claimed - 1) } else { None };
     env.lock(lock);
     if let Some(other) = find_request(place, &tuple) {
         env.unlock(lock);
         return Inserted::Other(other.slot);
     }
     let best = field!(scratch, Scratch, best);
-    best.set(rank_of(place.set, home, tuple.src, now));
-    if best.get() >> rank::FREE == 0 {
+    best.set_now(rank_of(place.set, place.hash.home(), tuple.src, now));
+    if best.get_now() >> rank::FREE == 0 {
         for way in 0..FLOW_WAYS as u32 {
             let candidate = rank_of(place.set, way, tuple.src, now);
-            if candidate > best.get() {
-                best.set(candidate);
+            if candidate > best.get_now() {
+                best.set_now(candidate);
             }
         }
     }
-    if best.get() >> rank::SAME_CLIENT == 0 {
+    if best.get_now() >> rank::SAME_CLIENT == 0 {
         env.unlock(lock);
         return Inserted::Full;
     }
-    let way = best.get() as u32 & 0xf;
+    let way = best.get_now() as u32 & 0xf;
     let tag_at = field!(place.set, FlowSet, tags).element(way);
     let record = field!(place.set, FlowSet, records).element(way);
     let freed = if tag_at.get_now() == 0 { 0 } else { field!(record, FlowRecord, snat).get() };
     tag_at.set_now(0);
     record.copy_from(new);
+    let slot = SnatSlot::owned(place.index, way);
+    if let Some(snat) = snat {
+        snat.replace_slot(SnatSlot::CLAIMED, slot);
+    }
     tag_at.set_now(place.hash.tag());
     env.unlock(lock);
-    Inserted::New { slot: SnatSlot::owned(place.index, way), freed }
+    Inserted::New { slot, freed }
 }

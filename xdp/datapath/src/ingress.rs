@@ -218,7 +218,7 @@ fn serve<'e, E: Env>(
         .ok_or(Reason::TableBroken)?;
     let port = place.hash.outer_port();
     let request = match flow::find_request(&place, &decide::stashed(scratch)) {
-        Some(found) => known(env, found, origin)?,
+        Some(found) => known(env, settings, found, origin, transport.flags)?,
         None => None,
     };
     let (decided, direction) = if let Some(found) = request
@@ -228,6 +228,7 @@ fn serve<'e, E: Env>(
     } else if request.is_none()
         && let Some(found) = flow::find_snat_reply(env, settings, &decide::stashed(scratch))
     {
+        check_reply_tunnel(&found, origin)?;
         (Decided { found, new: false }, Direction::Reply)
     } else {
         let decided = decide::ask(env, scratch, transport.flags, origin, request);
@@ -248,13 +249,35 @@ fn nobodys(stop: Stop, origin: &Origin<'_>) -> Stop {
 /// A record that a request found: still good, or none if the connection has ended.
 ///
 /// # Errors
-/// `TunnelChanged` (drop).
+/// `TunnelChanged`, `Martian` (drop).
 #[inline(always)]
-fn known<'e, E: Env>(env: &'e E, found: Found<'e>, origin: &Origin<'_>) -> Step<Option<Found<'e>>> {
+fn known<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    found: Found<'e>,
+    origin: &Origin<'_>,
+    tcp_flags: u8,
+) -> Step<Option<Found<'e>>> {
     let r = found.record;
-    if field!(r, FlowRecord, tunnel).get() != origin.tunnel {
-        let service = field!(r, FlowRecord, service).get();
-        return Err(Stop { reason: Reason::TunnelChanged, service });
+    let stop = |reason| Stop { reason, service: field!(r, FlowRecord, service).get() };
+    let tunnel = field!(r, FlowRecord, tunnel).get();
+    if tunnel != origin.tunnel {
+        // What came out of a tunnel has proved its source. It wins against a record that a plain
+        // packet made, and, once the tables have changed, against one of another tunnel.
+        if origin.tunnel == 0 || tunnel != 0 && !decide::is_stale(env, settings, &found) {
+            return Err(stop(Reason::TunnelChanged));
+        }
+        flow::release(env, &found);
+        return Ok(None);
+    }
+    let reply = field!(r, FlowRecord, reply);
+    if origin.tunnel == 0 && field!(reply, Exit, kind).get() == ExitKind::Stack as u8 {
+        // Decided at TC: the client is a pod of this node, which does not speak over the wire.
+        return Err(stop(Reason::Martian));
+    }
+    if flow::begins_anew(r, tcp_flags) {
+        flow::release(env, &found);
+        return Ok(None);
     }
     if field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0 {
         let index = field!(r, FlowRecord, snat).get().wrapping_sub(1);
@@ -265,6 +288,22 @@ fn known<'e, E: Env>(env: &'e E, found: Found<'e>, origin: &Origin<'_>) -> Step<
         }
     }
     Ok(Some(found))
+}
+
+/// A reply comes back the way its request went: out of a tunnel (whose source was checked), or
+/// plain.
+///
+/// # Errors
+/// `TunnelChanged` (drop).
+#[inline(always)]
+fn check_reply_tunnel(found: &Found<'_>, origin: &Origin<'_>) -> Step<()> {
+    let forward = field!(found.record, FlowRecord, forward);
+    let tunnelled = field!(forward, Exit, kind).get() == ExitKind::Tunnel as u8;
+    if tunnelled != (origin.tunnel != 0) {
+        let service = field!(found.record, FlowRecord, service).get();
+        return Err(Stop { reason: Reason::TunnelChanged, service });
+    }
+    Ok(())
 }
 
 /// Replays a record on a packet of either direction.

@@ -374,10 +374,12 @@ pub fn touch<E: Env>(
     }
     let state = field!(r, FlowRecord, state);
     let old = state.get();
-    // A SYN on the tuple of a connection that is closing begins the next one, with its backend.
-    let ended = flow_state::FIN_FORWARD | flow_state::FIN_REPLY | flow_state::RESET;
-    let begins = !reply && flags & (TCP_SYN | TCP_RST) == TCP_SYN && old & ended != 0;
-    let new = if begins { 0 } else { old | bits };
+    let tcp = field!(r, FlowRecord, proto).get() == IPPROTO_TCP;
+    let answered = !reply && flags & TCP_SYN == 0 && old & flow_state::REPLIED != 0;
+    if answered || reply && !tcp {
+        bits |= flow_state::CONFIRMED;
+    }
+    let new = old | bits;
     if new != old {
         state.set(new);
         let proto = field!(r, FlowRecord, proto).get();

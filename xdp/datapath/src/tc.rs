@@ -15,7 +15,7 @@ use crate::account::account;
 use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
-use crate::flow;
+use crate::flow::{self, Found};
 use crate::parse::{self, Transport};
 use crate::replay::{self, Located, Rewrite};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
@@ -214,6 +214,16 @@ fn way_kind(exit: At<'_, Exit>) -> u8 {
     field!(exit, Exit, kind).get()
 }
 
+/// Whether a record was decided here and goes on. One that was made on the wire in the pod's name,
+/// before the pod was known, is not.
+#[inline(always)]
+fn is_ours(found: &Found<'_>, tcp_flags: u8) -> bool {
+    let r = found.record;
+    way_kind(field!(r, FlowRecord, reply)) == ExitKind::Stack as u8
+        && field!(r, FlowRecord, flags).get() & record_flags::SNAT == 0
+        && !flow::begins_anew(r, tcp_flags)
+}
+
 /// A pod's request to a Service: translated here, routed by the kernel.
 #[inline(always)]
 fn pod_request<'e, E: Env>(
@@ -226,7 +236,13 @@ fn pod_request<'e, E: Env>(
     let place = flow::place(env, settings, packet.ip.l3.src(), transport.src, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
     let origin = Origin { tunnel: 0, in_cluster: true, snat: false, ifindex: 0, eth: packet.outer };
-    let request = flow::find_request(&place, &decide::stashed(scratch));
+    let request = match flow::find_request(&place, &decide::stashed(scratch)) {
+        Some(found) if !is_ours(&found, transport.flags) => {
+            flow::release(env, &found);
+            None
+        }
+        request => request,
+    };
     let decided = match request {
         Some(found) if !decide::is_stale(env, settings, &found) => Decided { found, new: false },
         _ => decide::ask(env, scratch, transport.flags, &origin, request)?,

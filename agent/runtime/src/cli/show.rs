@@ -308,13 +308,16 @@ pub(super) fn backends(show: &Show) -> Result<(), CliError> {
 
 fn state_words(proto: u8, state: u32) -> &'static str {
     let fins = flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
+    let confirmed = state & flow_state::CONFIRMED != 0;
     let replied = state & flow_state::REPLIED != 0;
     if proto == IPPROTO_TCP && state & flow_state::RESET != 0 {
         "reset"
     } else if proto == IPPROTO_TCP && state & fins != 0 {
         "closing"
-    } else if replied {
+    } else if confirmed {
         "established"
+    } else if replied {
+        "half-open"
     } else {
         "unreplied"
     }
