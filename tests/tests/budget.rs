@@ -45,7 +45,7 @@ fn above(name: &str, figures: &[(&str, u64, u64)]) -> Vec<String> {
 
 fn info(kernel: &Kernel, name: &str) -> ProgramInfo {
     match name {
-        "tc_ingress" | "tc_egress" => kernel.tc(name).info(),
+        "tc_uplink" | "tc_ingress" | "tc_egress" => kernel.tc(name).info(),
         _ => kernel.xdp(name).info(),
     }
     .unwrap_or_else(|e| panic!("{name}: {e}"))

@@ -57,7 +57,7 @@ fn cleanup_removes_what_is_ours_and_nothing_else() {
     bed.start();
     assert_eq!(bed.ask("client", LOCAL.load_balancer(FAMILIES[0], HTTP)).pod, "pod1-1");
     let pins = bed.lab.pin_dir(NODE);
-    assert_eq!(bed.programs(UPLINK), ["xdp_node", "tc_ingress", "tc_egress"]);
+    assert_eq!(bed.programs(UPLINK), ["xdp_node", "tc_uplink", "tc_egress"]);
     assert_eq!(bed.programs("pod2"), ["xdp_pass", "tc_ingress", "tc_egress"]);
 
     let output = bed.lab.sluice_output(NODE, &["cleanup", "--yes"]).expect("cleanup");

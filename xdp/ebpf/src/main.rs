@@ -3,7 +3,8 @@
 //! | program      | hook | attached to                                                     |
 //! |--------------|------|-----------------------------------------------------------------|
 //! | `xdp_node`   | XDP  | uplinks                                                         |
-//! | `tc_ingress` | TC   | uplinks (receives what XDP handed over), host sides of pods     |
+//! | `tc_uplink`  | TC   | ingress of uplinks: receives what XDP handed over               |
+//! | `tc_ingress` | TC   | ingress of the host sides of pods                               |
 //! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
 //! | `xdp_pass`   | XDP  | the far end of a veth that must receive redirected frames       |
 //! | `xdp_clock`  | –    | run by the agent only: how long is a jiffy?                     |
@@ -45,6 +46,20 @@ pub fn xdp_node(ctx: XdpContext) -> u32 {
             XDP_REDIRECT => XDP_REDIRECT,
             _ => XDP_DROP,
         },
+    }
+}
+
+/// Ingress of uplinks: hands what XDP marked to the interface that is to receive it.
+///
+/// It writes no packet byte, and that is its point: the kernel copies a frame that somebody else
+/// sees too (a packet socket: tcpdump) before a program that writes may have it, and the copy has no
+/// metadata (net/core/filter.c, `bpf_unclone_prologue`; net/core/skbuff.c, `pskb_expand_head`).
+#[classifier]
+pub fn tc_uplink(ctx: TcContext) -> i32 {
+    match skb::SkbFrame::new(ctx.skb.skb).hand_over() {
+        // SAFETY: no memory is passed.
+        Some(ifindex) => (unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) }) as i32,
+        None => TC_NEXT,
     }
 }
 

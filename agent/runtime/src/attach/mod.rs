@@ -163,9 +163,22 @@ pub struct Attached {
 }
 
 const XDP: &str = "xdp_node";
+/// TC ingress of uplinks.
+const TC_UPLINK: &str = "tc_uplink";
+/// TC ingress of the host sides of pods.
 const TC_INGRESS: &str = "tc_ingress";
 const TC_EGRESS: &str = "tc_egress";
 const CLOCK: &str = "xdp_clock";
+
+/// The program at TC ingress of an interface. None for the vxlan device: what XDP hands to it carries
+/// its mark on, and must not be handed over once more.
+fn tc_ingress(role: Role) -> Option<&'static str> {
+    match role {
+        Role::Uplink => Some(TC_UPLINK),
+        Role::Pod => Some(TC_INGRESS),
+        Role::Tunnel => None,
+    }
+}
 
 /// The loaded programs and their links.
 pub struct Attacher {
@@ -203,7 +216,7 @@ impl Attacher {
                 .load()
                 .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
         }
-        for name in [TC_INGRESS, TC_EGRESS] {
+        for name in [TC_UPLINK, TC_INGRESS, TC_EGRESS] {
             tc(&mut ebpf, name)?
                 .load()
                 .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
@@ -339,7 +352,9 @@ impl Attacher {
             Rung::Tc | Rung::None => true,
         };
         xdp_here
-            && (!known.tc_ingress || self.tc_there(link, TC_INGRESS, TcAttachType::Ingress))
+            && (!known.tc_ingress
+                || tc_ingress(known.role)
+                    .is_none_or(|name| self.tc_there(link, name, TcAttachType::Ingress)))
             && (!known.tc_egress || self.tc_there(link, TC_EGRESS, TcAttachType::Egress))
     }
 
@@ -403,14 +418,10 @@ impl Attacher {
             return attached;
         }
         for (name, side, done) in [
-            (TC_INGRESS, TcAttachType::Ingress, &mut attached.tc_ingress),
-            (TC_EGRESS, TcAttachType::Egress, &mut attached.tc_egress),
+            (tc_ingress(role), TcAttachType::Ingress, &mut attached.tc_ingress),
+            (Some(TC_EGRESS), TcAttachType::Egress, &mut attached.tc_egress),
         ] {
-            // What XDP hands to the vxlan device carries its mark on; there it must not be handed
-            // over once more.
-            if role == Role::Tunnel && name == TC_INGRESS {
-                continue;
-            }
+            let Some(name) = name else { continue };
             match self.attach_tc(link, name, side) {
                 Ok(()) => *done = true,
                 Err(refusal) => attached.refusals.push(refusal),
@@ -754,7 +765,7 @@ pub fn link_pins(dir: &Path) -> Vec<(PathBuf, String)> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let rest = name.strip_prefix("link-")?;
-            let interface = [XDP, TC_INGRESS, TC_EGRESS]
+            let interface = [XDP, TC_UPLINK, TC_INGRESS, TC_EGRESS]
                 .iter()
                 .find_map(|p| rest.strip_prefix(p)?.strip_prefix('-'))?;
             Some((entry.path(), interface.replace("%2e", ".").replace("%25", "%")))
