@@ -17,4 +17,5 @@ pub mod kernel;
 pub mod netns;
 pub mod packet;
 pub mod shared_data;
+pub mod wire;
 pub mod world;

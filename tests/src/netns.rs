@@ -5,6 +5,8 @@ use std::process::Command;
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 
+use crate::world::dev;
+
 /// Runs `test` on a thread of its own, in a new network namespace that ends with it.
 ///
 /// The thread stays on one CPU: per-CPU maps are then one map.
@@ -44,24 +46,38 @@ pub fn sh(command: &str) -> String {
 /// # Panics
 /// If they cannot be made.
 pub fn make_interfaces() {
-    use crate::world::dev;
-    let interfaces = [
-        ("up", dev::UPLINK),
-        ("upb", dev::UPLINK_B),
-        ("podr", dev::POD_REDIRECT),
-        ("pods", dev::POD_STACK),
-        ("vx4", dev::VXLAN_V4),
-        ("vx6", dev::VXLAN_V6),
-    ];
     let line = |(name, index): &(&str, u32)| {
         format!(
             "link add {name} index {index} type veth peer name {name}p index {}\n",
             index + PEER
         )
     };
-    let batch: String = interfaces.iter().map(line).collect();
+    ip(&INTERFACES.iter().map(line).collect::<String>());
+}
+
+/// Brings them up. Nobody but the test speaks there: no addresses, no IPv6 discovery.
+///
+/// # Panics
+/// If they cannot be brought up.
+pub fn raise_interfaces() {
+    sh("for i in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 1 > $i; done");
+    let line =
+        |(name, _): &(&str, u32)| format!("link set dev {name} up\nlink set dev {name}p up\n");
+    ip(&INTERFACES.iter().map(line).collect::<String>());
+}
+
+fn ip(batch: &str) {
     sh(&format!("printf '{}' | ip -batch -", batch.replace('\n', "\\n")));
 }
+
+const INTERFACES: [(&str, u32); 6] = [
+    ("upa", dev::UPLINK),
+    ("upb", dev::UPLINK_B),
+    ("podr", dev::POD_REDIRECT),
+    ("pods", dev::POD_STACK),
+    ("vx4", dev::VXLAN_V4),
+    ("vx6", dev::VXLAN_V6),
+];
 
 /// What the index of a far end is more than that of the near end.
 pub const PEER: u32 = 100;

@@ -1,0 +1,204 @@
+//! The fixtures over veth, in native and in generic mode: same packet, same verdict, same bytes as
+//! on the host and in BPF_PROG_TEST_RUN.
+//!
+//! ```text
+//!   send ─► upap ═ upa [xdp_node, tc] ─► PASS: seen at upa; marked for the vxlan device: seen there too
+//!             ▲ TX                   └─► REDIRECT: seen at the far end of another pair
+//! ```
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use aya::programs::XdpMode;
+use aya::programs::tc::TcAttachType;
+use pnet::datalink::DataLinkSender;
+use sluice_abi::{Hook, REASONS, Reason};
+use sluice_datapath::verdict::Action;
+use sluice_tests::fixtures::{self, Fixture, HeadRoom, Out, Step};
+use sluice_tests::judge::{check_counters, difference, in_kernel};
+use sluice_tests::kernel::{Kernel, OBJECT};
+use sluice_tests::netns::{PEER, in_namespace, make_interfaces, raise_interfaces};
+use sluice_tests::wire::{PATIENCE, Seen, Tap, sender};
+use sluice_tests::world::{dev, size};
+
+/// A node of veth pairs with the programs attached.
+struct Lab {
+    kernel: Kernel,
+    tap: Tap,
+    senders: HashMap<u32, Box<dyn DataLinkSender>>,
+}
+
+impl Lab {
+    fn new(mode: XdpMode) -> Self {
+        make_interfaces();
+        raise_interfaces();
+        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+        for uplink in ["upa", "upb"] {
+            kernel.xdp_mut("xdp_node").attach(uplink, mode).expect("attach xdp_node");
+        }
+        if mode == XdpMode::Driver {
+            // A veth receives redirected frames only where its far end has a program too
+            // (drivers/net/veth.c, veth_xdp_xmit).
+            for far in ["upap", "upbp", "podrp", "podsp"] {
+                kernel.xdp_mut("xdp_pass").attach(far, mode).expect("attach xdp_pass");
+            }
+        }
+        let uplink = kernel.tc_mut("tc_uplink");
+        uplink.attach("upa", TcAttachType::Ingress).expect("attach tc_uplink");
+        for at in ["podr", "pods"] {
+            let tc = kernel.tc_mut("tc_ingress");
+            tc.attach(at, TcAttachType::Ingress).expect("attach tc_ingress");
+        }
+        for at in ["upa", "podr"] {
+            let tc = kernel.tc_mut("tc_egress");
+            tc.attach(at, TcAttachType::Egress).expect("attach tc_egress");
+        }
+        Self { kernel, tap: Tap::open(), senders: HashMap::new() }
+    }
+
+    /// Sends a frame so that it meets the program of a step.
+    fn send(&mut self, step: &Step, frame: &[u8]) {
+        let from = match step.hook {
+            Hook::Xdp | Hook::TcIngress => step.ifindex + PEER,
+            Hook::TcEgress => step.ifindex,
+        };
+        let sender = self.senders.entry(from).or_insert_with(|| sender(from));
+        let sent = sender.send_to(frame, None).expect("room in the queue");
+        sent.unwrap_or_else(|e| panic!("send {} bytes out of {from}: {e}", frame.len()));
+    }
+
+    fn counted(&self, hook: Hook) -> u64 {
+        REASONS.iter().map(|r| self.kernel.reason(hook, r.reason as u32).packets).sum()
+    }
+
+    /// Sends a frame and waits until the program has counted it.
+    fn step(&mut self, step: &Step, frame: &[u8]) -> Result<(), String> {
+        let before = self.counted(step.hook);
+        self.send(step, frame);
+        let end = Instant::now() + PATIENCE;
+        while self.counted(step.hook) == before {
+            if Instant::now() > end {
+                return Err("the program has not seen the frame".into());
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&mut self, fixture: &Fixture) -> Result<(), String> {
+        self.tap.drain();
+        self.kernel.fill(&fixture.world);
+        let mut trail = Vec::new();
+        for step in &fixture.before {
+            let frame = (step.frame)(&trail);
+            self.step(step, &frame)?;
+            // What TC passes goes to the stack, which drops it unseen.
+            let seen = match step.hook {
+                Hook::Xdp => self.tap.wait(1).into_iter().next(),
+                Hook::TcIngress | Hook::TcEgress => None,
+            };
+            trail.push(seen.map(|s| s.bytes).unwrap_or_default());
+        }
+        self.tap.drain();
+        self.kernel.clear_counters();
+        let frame = (fixture.step.frame)(&trail);
+        self.step(&fixture.step, &frame)?;
+        check_counters(fixture, frame.len() as u64, &self.kernel, &[fixture.step.hook])?;
+
+        let places = places(fixture);
+        let mut seen = self.tap.wait(places.len() + usize::from(is_tapped(&fixture.step)));
+        if is_tapped(&fixture.step) {
+            let came = Seen { ifindex: fixture.step.ifindex, bytes: frame.clone() };
+            let at = seen.iter().position(|s| *s == came).ok_or("the frame did not arrive")?;
+            seen.remove(at);
+        }
+        let mut expected = Vec::new();
+        if !places.is_empty() {
+            let Some(first) = seen.first() else { return Err("the frame is lost".into()) };
+            trail.push(first.bytes.clone());
+            let bytes = match &fixture.out {
+                Out::Gone => Vec::new(),
+                Out::Untouched => untagged(fixture, &frame),
+                Out::Made(build) => build(&trail),
+            };
+            expected.extend(places.iter().map(|&ifindex| Seen { ifindex, bytes: bytes.clone() }));
+        }
+        if seen == expected {
+            return Ok(());
+        }
+        let at = |seen: &[Seen]| -> Vec<u32> { seen.iter().map(|s| s.ifindex).collect() };
+        if at(&seen) != at(&expected) {
+            return Err(format!("seen at {:?} instead of {:?}", at(&seen), at(&expected)));
+        }
+        Err(difference(&seen[0].bytes, &expected[0].bytes))
+    }
+}
+
+/// The tap sees what arrives for TC as well, as it came.
+fn is_tapped(step: &Step) -> bool {
+    step.hook == Hook::TcIngress
+}
+
+/// Where the frame shows itself, in this order.
+fn places(fixture: &Fixture) -> Vec<u32> {
+    let step = &fixture.step;
+    match (step.hook, fixture.action) {
+        (_, Action::Drop) => Vec::new(),
+        (_, Action::Redirect(ifindex)) => vec![ifindex + PEER],
+        (_, Action::Receive(ifindex)) => vec![ifindex],
+        (_, Action::Transmit) => vec![step.ifindex + PEER],
+        (Hook::Xdp, Action::Pass) => {
+            [Some(step.ifindex), fixture.mark].into_iter().flatten().collect()
+        }
+        // The stack has no route.
+        (Hook::TcIngress, Action::Pass) => Vec::new(),
+        (Hook::TcEgress, Action::Pass) => vec![step.ifindex + PEER],
+    }
+}
+
+/// The kernel takes a VLAN tag out of the frame before anybody sees it (skb_vlan_untag).
+fn untagged(fixture: &Fixture, frame: &[u8]) -> Vec<u8> {
+    if fixture.reason == Reason::Vlan {
+        return [&frame[..12], &frame[16..]].concat();
+    }
+    frame.to_vec()
+}
+
+/// What the medium can carry: head room is the driver's to give, and at an uplink's ingress XDP comes
+/// before TC.
+fn fits(fixture: &Fixture) -> bool {
+    let step = &fixture.step;
+    in_kernel(fixture)
+        && fixture.head_room == HeadRoom::Plenty
+        && (step.hook != Hook::TcIngress || step.ifindex != dev::UPLINK)
+}
+
+fn run(mode: XdpMode) {
+    let (failures, count, left_out) = in_namespace(move || {
+        let mut lab = Lab::new(mode);
+        let (mut failures, mut count, mut left_out) = (Vec::new(), 0, 0);
+        for fixture in fixtures::all() {
+            if !fits(&fixture) {
+                left_out += 1;
+                continue;
+            }
+            count += 1;
+            if let Err(text) = lab.judge(&fixture) {
+                failures.push(format!("{}: {text}", fixture.name));
+            }
+        }
+        (failures, count, left_out)
+    });
+    println!("{count} fixtures, {left_out} left out");
+    assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+    assert!(left_out * 20 < count, "too many fixtures left out: {left_out}");
+}
+
+#[test]
+fn native_mode_does_what_the_fixtures_say() {
+    run(XdpMode::Driver);
+}
+
+#[test]
+fn generic_mode_does_what_the_fixtures_say() {
+    run(XdpMode::Skb);
+}
