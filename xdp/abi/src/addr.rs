@@ -203,7 +203,10 @@ impl Addr {
     /// The v4-mapped form of four bytes in network order.
     #[inline(always)]
     pub const fn from_v4(b: [u8; 4]) -> Self {
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, b[0], b[1], b[2], b[3]])
+        // Two words, not sixteen bytes, which LLVM stores one by one: a reader of whole words would
+        // then wait for all of them (no store forwarding).
+        let low = u64::from_ne_bytes([0, 0, 0xff, 0xff, b[0], b[1], b[2], b[3]]);
+        Self(zerocopy::transmute!([0u64, low]))
     }
 
     /// The last four bytes: the IPv4 address of a v4-mapped one.
