@@ -1,11 +1,15 @@
 //! A network namespace for the time of a test, with the interfaces that [`crate::world`] names.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{LazyLock, Mutex};
 
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 
-use crate::world::dev;
+use crate::kernel::{Kernel, OBJECT};
+use crate::world::{dev, size};
 
 /// Runs `test` on a thread of its own, in a new network namespace that ends with it.
 ///
@@ -15,14 +19,53 @@ use crate::world::dev;
 /// If `test` does, or without the right to make a namespace.
 pub fn in_namespace<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
     let outcome = std::thread::spawn(move || {
-        let mut cpus = CpuSet::new();
-        cpus.set(0).expect("CPU 0");
-        sched_setaffinity(Pid::from_raw(0), &cpus).expect("stay on CPU 0");
-        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace (the tests need root)");
+        enter();
         test()
     })
     .join();
-    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    outcome.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+fn enter() {
+    let mut cpus = CpuSet::new();
+    cpus.set(0).expect("CPU 0");
+    sched_setaffinity(Pid::from_raw(0), &cpus).expect("stay on CPU 0");
+    unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace (the tests need root)");
+}
+
+type Job = Box<dyn FnOnce(&mut Kernel) + Send>;
+
+/// Runs `test` with the product's object and the world's interfaces. The object is loaded once for
+/// all tests of a program, which take turns; each fills the tables that it needs.
+///
+/// # Panics
+/// If `test` does, or the object does not load.
+pub fn with_kernel<T: Send + 'static>(test: impl FnOnce(&mut Kernel) -> T + Send + 'static) -> T {
+    static JOBS: LazyLock<Mutex<Sender<Job>>> = LazyLock::new(|| {
+        let (jobs, queue) = channel::<Job>();
+        std::thread::spawn(move || {
+            enter();
+            make_interfaces();
+            let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+            queue.into_iter().for_each(|job| job(&mut kernel));
+        });
+        Mutex::new(jobs)
+    });
+    let (done, outcome) = channel();
+    let job = move |kernel: &mut Kernel| {
+        let result = catch_unwind(AssertUnwindSafe(|| test(kernel)));
+        // Nobody waits any more only if the test's thread is gone.
+        let _ = done.send(result);
+    };
+    let queued = match JOBS.lock() {
+        Ok(jobs) => jobs.send(Box::new(job)),
+        Err(poisoned) => poisoned.into_inner().send(Box::new(job)),
+    };
+    queued.expect("the object loads, see above");
+    match outcome.recv() {
+        Ok(result) => result.unwrap_or_else(|panic| resume_unwind(panic)),
+        Err(_) => panic!("the object does not load, see above"),
+    }
 }
 
 /// Runs a command line in the namespace of the calling thread; it must succeed. What it printed.

@@ -12,10 +12,9 @@ use sluice_abi::{Addr, Family, Hook, PodNet, Reason, VerdictKind};
 use sluice_tests::fixtures::{from_peer, tunnel_macs};
 use sluice_tests::host::Host;
 use sluice_tests::judge::agree;
-use sluice_tests::kernel::{Kernel, OBJECT};
-use sluice_tests::netns::{in_namespace, make_interfaces};
+use sluice_tests::netns::with_kernel;
 use sluice_tests::shared_data;
-use sluice_tests::world::{FAMILIES, World, dev, ip, mac, size};
+use sluice_tests::world::{FAMILIES, World, dev, ip, mac};
 
 /// Frames of a capture, up to where it is broken.
 fn frames(path: &Path) -> Vec<Vec<u8>> {
@@ -68,9 +67,7 @@ fn replay(
     change: fn(&[u8]) -> Vec<Vec<u8>>,
 ) -> BTreeMap<Reason, u32> {
     let Some(files) = shared_data::files(test, "pcaps") else { return BTreeMap::new() };
-    let reasons = in_namespace(move || {
-        make_interfaces();
-        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+    let reasons = with_kernel(move |kernel| {
         kernel.fill(&world);
         let mut host = Host::new(&world);
         let mut reasons = BTreeMap::new();
@@ -78,7 +75,7 @@ fn replay(
             for frame in frames(path) {
                 for frame in change(&frame) {
                     for &hook in hooks {
-                        let reason = agree(&mut host, &mut kernel, hook, dev::UPLINK, &frame);
+                        let reason = agree(&mut host, kernel, hook, dev::UPLINK, &frame);
                         *reasons.entry(reason).or_insert(0) += 1;
                     }
                 }

@@ -4,9 +4,8 @@ use sluice_abi::{Family, REASONS};
 use sluice_tests::fixtures;
 use sluice_tests::host::Host;
 use sluice_tests::judge::{Runner, WITHOUT_FAMILY, in_kernel, judge};
-use sluice_tests::kernel::{Kernel, OBJECT};
-use sluice_tests::netns::{in_namespace, make_interfaces};
-use sluice_tests::world::{FAMILIES, size};
+use sluice_tests::netns::with_kernel;
+use sluice_tests::world::FAMILIES;
 
 #[test]
 fn every_reason_has_a_fixture_of_every_family() {
@@ -53,15 +52,13 @@ fn host_does_what_the_fixtures_say() {
 
 #[test]
 fn loaded_program_does_what_the_host_does() {
-    let (failures, count) = in_namespace(|| {
-        make_interfaces();
-        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+    let (failures, count) = with_kernel(|kernel| {
         let mut failures = Vec::new();
         let mut count = 0;
         for fixture in fixtures::all().iter().filter(|f| in_kernel(f)) {
             count += 1;
             kernel.fill(&fixture.world);
-            if let Err(text) = judge(fixture, &mut kernel) {
+            if let Err(text) = judge(fixture, kernel) {
                 failures.push(format!("{}: {text}", fixture.name));
                 continue;
             }

@@ -13,8 +13,7 @@ use sluice_tests::fixtures::{
 };
 use sluice_tests::host::Host;
 use sluice_tests::judge::{Outcome, Runner, difference};
-use sluice_tests::kernel::{Kernel, OBJECT};
-use sluice_tests::netns::{in_namespace, make_interfaces};
+use sluice_tests::netns::with_kernel;
 use sluice_tests::packet::{Packet, inner, tcp};
 use sluice_tests::world::{Be, FAMILIES, PROTOCOLS, Svc, TIMEOUTS, World, dev, ip, mac, size};
 
@@ -23,11 +22,9 @@ fn on_both(world: World, law: fn(&mut dyn Runner, &World)) {
     println!("on the host");
     law(&mut Host::new(&world), &world);
     println!("in the kernel");
-    in_namespace(move || {
-        make_interfaces();
-        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+    with_kernel(move |kernel| {
         kernel.fill(&world);
-        law(&mut kernel, &world);
+        law(kernel, &world);
     });
 }
 

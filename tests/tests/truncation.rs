@@ -4,21 +4,19 @@ use sluice_abi::{Family, Hook, Reason, VerdictKind};
 use sluice_tests::fixtures::{from_peer, pod_request, request};
 use sluice_tests::host::Host;
 use sluice_tests::judge::agree;
-use sluice_tests::kernel::{Kernel, OBJECT};
-use sluice_tests::netns::{in_namespace, make_interfaces};
+use sluice_tests::kernel::Kernel;
+use sluice_tests::netns::with_kernel;
 use sluice_tests::packet::{Packet, l4_offset};
-use sluice_tests::world::{FAMILIES, PROTOCOLS, Svc, World, dev, size};
+use sluice_tests::world::{FAMILIES, PROTOCOLS, Svc, World, dev};
 
 /// Frames that are handled when they are whole.
 const SERVICES: [Svc; 3] = [Svc::LocalStack, Svc::LocalRedirect, Svc::TunnelV4];
 
 fn in_both(law: impl FnOnce(&mut Host, &mut Kernel) + Send + 'static) {
-    in_namespace(|| {
-        make_interfaces();
+    with_kernel(|kernel| {
         let world = World::standard();
-        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
         kernel.fill(&world);
-        law(&mut Host::new(&world), &mut kernel);
+        law(&mut Host::new(&world), kernel);
     });
 }
 

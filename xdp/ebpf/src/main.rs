@@ -63,13 +63,10 @@ pub fn tc_uplink(ctx: TcContext) -> i32 {
     }
 }
 
-/// Ingress of uplinks and of the host sides of pods.
+/// Ingress of the host sides of pods.
 #[classifier]
 pub fn tc_ingress(ctx: TcContext) -> i32 {
     let mut frame = skb::SkbFrame::new(ctx.skb.skb);
-    if let Some(ifindex) = frame.hand_over() {
-        return redirect(ifindex, BPF_F_INGRESS);
-    }
     if !frame.pull() {
         return TC_NEXT;
     }
