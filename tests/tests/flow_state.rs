@@ -654,6 +654,34 @@ fn same_request_chooses_the_same_backend_and_all_backends_are_chosen() {
 }
 
 #[test]
+fn affinity_keeps_a_client_with_one_backend() {
+    let mut world = World::standard();
+    for family in FAMILIES {
+        let frontend = world.frontends.get_mut(&Svc::Pair.key(family, IPPROTO_TCP));
+        frontend.expect("it is there").affinity_seconds = 10_800;
+    }
+    on_both(world, |runner, _| {
+        for family in FAMILIES {
+            let mut chosen = std::collections::BTreeSet::new();
+            for n in 0..20 {
+                let client = ip::client(family, 400 + n);
+                let connect = |runner: &mut dyn Runner, port| {
+                    let c = Connection::new(family, IPPROTO_TCP, Svc::Pair, client, port);
+                    c.open(runner);
+                    record_of(runner, &c).2.backend_id
+                };
+                let first = connect(runner, 2000);
+                for port in 2001..2008 {
+                    assert_eq!(connect(runner, port), first, "client {n}, port {port}");
+                }
+                chosen.insert(first);
+            }
+            assert_eq!(chosen.len(), 2, "all clients went to {chosen:?}");
+        }
+    });
+}
+
+#[test]
 fn ends_of_a_connection_shorten_its_life() {
     on_both(World::standard(), |runner, _| {
         let client = ip::client(Family::V4, 9);
