@@ -379,7 +379,8 @@ pub fn wait<T>(what: &str, mut check: impl FnMut() -> Result<T, String>) -> T {
 }
 
 /// Two seconds of iperf3 with its server at `to`, in both directions at once: bytes that arrived
-/// there, and here. Both must be many, with few datagrams lost.
+/// there, and here. Both must be many, with few datagrams lost. Callers limit the rate, so that
+/// other tests get on beside them.
 pub fn iperf(bed: &Bed, from: &str, to: IpAddr, more: &[&str]) -> (u64, u64) {
     let to = to.to_string();
     let mut args = vec!["--client", &to, "--time", "2", "--bidir", "--json"];

@@ -1,12 +1,16 @@
 //! Services from outside and from pods, to endpoints on this node and on another.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::time::Duration;
 
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
 use sluice_lab::plan::{CLIENT_V4, CLIENT_V6};
-use sluice_lab::{Family, LabSpec, Mode, RpFilter};
+use sluice_lab::{Family, LabSpec, Mode, Netns, RpFilter};
 
-use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, Service, delta, drops, iperf};
+use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, Service, delta, drops, iperf, wait};
 
 const LOCAL: Service = Service { name: "local", number: 1 };
 const REMOTE: Service = Service { name: "remote", number: 2 };
@@ -148,8 +152,9 @@ fn streams(mode: Mode) {
     for (service, family) in
         [(LOCAL, Family::V4), (REMOTE, Family::V6), (LOCAL, Family::V6), (REMOTE, Family::V4)]
     {
-        let udp: &[&str] = &["--udp", "--bitrate", "10M"];
-        let more = if (service.name, family) == ("local", Family::V6) { udp } else { &[] };
+        let udp: &[&str] = &["--udp", "--bitrate", "5M"];
+        let tcp: &[&str] = &["--bitrate", "100M"];
+        let more = if (service.name, family) == ("local", Family::V6) { udp } else { tcp };
         let before = bed.counters();
         let (there, here) = iperf(&bed, "client", service.load_balancer_ip(family), more);
         let counted = delta(&bed, &before);
@@ -221,4 +226,121 @@ fn native_agents_on_both_nodes_serve_each_others_pods() {
 #[test]
 fn generic_agents_on_both_nodes_serve_each_others_pods() {
     both_nodes_serve(Mode::Generic);
+}
+
+#[test]
+fn one_client_port_to_two_services_of_one_pod_is_two_connections() {
+    const TWIN: Service = Service { name: "twin", number: 4 };
+    let spec = LabSpec::kernel_only(2, 1);
+    let bed = bed(Mode::Native, &spec, "auto");
+    for (first, pod, port) in [(LOCAL, "pod1-1", 40_001), (REMOTE, "pod2-1", 40_002)] {
+        bed.write("twin.yaml", &TWIN.objects(&spec, &[pod]));
+        bed.wait_endpoints(TWIN.name, &[pod]);
+        for family in FAMILIES {
+            let port = port + if family == Family::V6 { 10 } else { 0 };
+            let http = [first, TWIN].map(|service| service.load_balancer(family, HTTP));
+            let mut streams = http.map(|target| connect_from(&bed.netns("client"), port, target));
+            for round in 0..3 {
+                for (stream, target) in streams.iter_mut().zip(http) {
+                    let answer = ask_on(stream).unwrap_or_else(|e| panic!("{target} {round}: {e}"));
+                    assert!(answer.contains(&format!("\"pod\":\"{pod}\"")), "{target}: {answer}");
+                }
+            }
+            let echo = [first, TWIN].map(|service| service.load_balancer(family, ECHO));
+            let any: IpAddr = if echo[0].is_ipv4() {
+                Ipv4Addr::UNSPECIFIED.into()
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            };
+            let socket = bed.netns("client").enter(|| UdpSocket::bind((any, port)));
+            let socket = socket.expect("the client").expect("a socket");
+            socket.set_read_timeout(Some(Duration::from_secs(5))).expect("a time limit");
+            for round in 0..3 {
+                for target in echo {
+                    socket.send_to(b"who", target).expect("sent");
+                    let mut buffer = [0; 64];
+                    let (len, from) = socket.recv_from(&mut buffer).expect("an echo");
+                    assert_eq!(from, target, "round {round}");
+                    assert_eq!(buffer[..len], *format!("{pod} who").as_bytes(), "{target}");
+                }
+            }
+        }
+    }
+}
+
+/// A connection from a port that another connection may have too.
+fn connect_from(netns: &Netns, port: u16, target: SocketAddr) -> TcpStream {
+    let connected = netns.enter(|| -> io::Result<TcpStream> {
+        let (family, local) = match target {
+            SocketAddr::V4(_) => (AddressFamily::Inet, SocketAddr::from(([0, 0, 0, 0], port))),
+            SocketAddr::V6(_) => (AddressFamily::Inet6, SocketAddr::from(([0u16; 8], port))),
+        };
+        let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(local))?;
+        socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
+        Ok(socket.into())
+    });
+    let stream = connected.expect("the client").unwrap_or_else(|e| panic!("{target}: {e}"));
+    stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a time limit");
+    stream
+}
+
+/// One GET on a connection that stays open.
+fn ask_on(stream: &mut TcpStream) -> io::Result<String> {
+    stream.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
+    let mut text = Vec::new();
+    // The lab's answers end with a line of JSON.
+    while !text.ends_with(b"}\n") {
+        let mut buffer = [0; 1024];
+        match stream.read(&mut buffer)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            len => text.extend_from_slice(&buffer[..len]),
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+#[test]
+fn session_affinity_keeps_a_client_with_one_pod() {
+    let spec = LabSpec::kernel_only(2, 2);
+    let pods = ["pod1-1", "pod1-2", "pod2-1", "pod2-2"];
+    let manifest = BOTH.manifest("  sessionAffinity: ClientIP\n");
+    let objects = [("both.yaml", format!("{manifest}{}", BOTH.slices(&spec, &pods)))];
+    let bed = Bed::up(&spec, Config::new(Mode::Native), &objects);
+    for family in FAMILIES {
+        let seen = bed.ask_often("client", BOTH.load_balancer(family, HTTP), 12);
+        assert_eq!(seen.len(), 1, "{seen:?}");
+    }
+    bed.write("both.yaml", &BOTH.objects(&spec, &pods));
+    let spread = || bed.ask_often("client", BOTH.load_balancer(Family::V4, HTTP), 12);
+    wait("without affinity", || match spread() {
+        seen if seen.len() > 1 => Ok(()),
+        seen => Err(format!("{seen:?}")),
+    });
+}
+
+#[test]
+fn external_traffic_policy_local_uses_pods_of_this_node_alone() {
+    let spec = LabSpec::kernel_only(2, 1);
+    let manifest = BOTH.manifest("  externalTrafficPolicy: Local\n");
+    let with = |pods: &[&str]| format!("{manifest}{}", BOTH.slices(&spec, pods));
+    let objects = [("both.yaml", with(&["pod1-1", "pod2-1"]))];
+    let bed = Bed::up(&spec, Config::new(Mode::Native), &objects);
+    for family in FAMILIES {
+        let seen = bed.ask_often("client", BOTH.load_balancer(family, HTTP), 12);
+        assert_eq!(seen.into_keys().collect::<Vec<_>>(), ["pod1-1"]);
+    }
+    bed.write("both.yaml", &with(&["pod2-1"]));
+    bed.wait_endpoints(BOTH.name, &["pod2-1"]);
+    for family in FAMILIES {
+        let before = bed.counters();
+        let url = format!("http://{}/", BOTH.load_balancer(family, HTTP));
+        let (answered, text) = bed.try_run("client", "curl", &["-sSg", "--max-time", "1", &url]);
+        assert!(!answered, "{text}");
+        assert!(drops(&delta(&bed, &before)).contains_key("local_policy"), "the drop has a name");
+        // From inside the cluster every pod is as good as another.
+        let inside = SocketAddr::new(BOTH.cluster_ip(family), HTTP);
+        assert_eq!(bed.ask("pod1-1", inside).pod, "pod2-1");
+    }
 }

@@ -53,8 +53,8 @@ impl Corner {
         // In each run both ends send, and in each pair each end connects once.
         let [v4, v6] = FAMILIES;
         let at = |pod, family| bed.pod(pod).address(family);
-        iperf_pair(&bed, at(THERE, v4), at(HERE, v6), &[]);
-        iperf_pair(&bed, at(THERE, v6), at(HERE, v4), &["--udp", "--bitrate", "10M"]);
+        iperf_pair(&bed, at(THERE, v4), at(HERE, v6), &["--bitrate", "100M"]);
+        iperf_pair(&bed, at(THERE, v6), at(HERE, v4), &["--udp", "--bitrate", "5M"]);
     }
 
     /// From nothing to the MTU, with DF set; then one that must be cut into fragments.
