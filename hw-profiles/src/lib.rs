@@ -331,24 +331,15 @@ impl Profiles {
 
 /// Lays the profile `text` over the default one. An empty text inherits everything.
 fn parse(name: &str, text: &str) -> Result<Profile, ProfileError> {
-    let syntax = |source| ProfileError::Syntax {
-        name: name.to_owned(),
-        source: Box::new(source),
-    };
+    let syntax = |source| ProfileError::Syntax { name: name.to_owned(), source: Box::new(source) };
     let mut merged: toml::Table = DEFAULT.parse().map_err(syntax)?;
     merge(&mut merged, text.parse().map_err(syntax)?);
     let profile: Profile = merged.try_into().map_err(syntax)?;
     if profile.schema != SCHEMA {
-        return Err(ProfileError::Schema {
-            name: name.to_owned(),
-            found: profile.schema,
-        });
+        return Err(ProfileError::Schema { name: name.to_owned(), found: profile.schema });
     }
     if profile.id != name {
-        return Err(ProfileError::Name {
-            name: name.to_owned(),
-            id: profile.id,
-        });
+        return Err(ProfileError::Name { name: name.to_owned(), id: profile.id });
     }
     Ok(profile)
 }
@@ -371,19 +362,13 @@ mod tests {
 
     /// `default.toml` with its example lines made real, so that every key has a value.
     fn default_with_examples() -> String {
-        DEFAULT
-            .lines()
-            .map(|line| format!("{}\n", line.trim_start_matches("#: ")))
-            .collect()
+        DEFAULT.lines().map(|line| format!("{}\n", line.trim_start_matches("#: "))).collect()
     }
 
     #[test]
     fn every_compiled_in_profile_is_legal() {
         let profiles = Profiles::built_in().expect("profiles of this crate");
-        assert_eq!(
-            profiles.drivers().collect::<Vec<_>>(),
-            ["veth", "virtio_net"]
-        );
+        assert_eq!(profiles.drivers().collect::<Vec<_>>(), ["veth", "virtio_net"]);
     }
 
     #[test]
@@ -391,13 +376,7 @@ mod tests {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/drivers");
         let mut files: Vec<_> = std::fs::read_dir(directory)
             .expect("drivers/")
-            .map(|entry| {
-                entry
-                    .expect("an entry")
-                    .file_name()
-                    .into_string()
-                    .expect("UTF-8")
-            })
+            .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
             .collect();
         files.sort();
         assert_eq!(files, DRIVERS.map(|(driver, _)| format!("{driver}.toml")));
@@ -433,11 +412,7 @@ mod tests {
 
     #[test]
     fn unknown_key_is_refused_at_every_level() {
-        for text in [
-            "colour = 1",
-            "[xdp]\ncolour = 1",
-            "[xdp.modes]\nhw = \"yes\"",
-        ] {
+        for text in ["colour = 1", "[xdp]\ncolour = 1", "[xdp.modes]\nhw = \"yes\""] {
             let error = parse("unknown", text).expect_err(text).to_string();
             assert!(error.contains("unknown field"), "{text}: {error}");
             assert!(error.contains("default.toml"), "{text}: {error}");
@@ -450,10 +425,7 @@ mod tests {
             parse("unknown", "schema = 2"),
             Err(ProfileError::Schema { found: 2, .. })
         ));
-        assert!(matches!(
-            parse("veth", "id = \"veth2\""),
-            Err(ProfileError::Name { .. })
-        ));
+        assert!(matches!(parse("veth", "id = \"veth2\""), Err(ProfileError::Name { .. })));
     }
 
     #[test]
@@ -461,13 +433,7 @@ mod tests {
         let text = "id = \"x\"\n[xdp.modes]\nnative = \"broken\"";
         let profile = parse("x", text).expect("legal");
         let default = parse("unknown", "").expect("legal");
-        assert_eq!(
-            profile.xdp.modes,
-            Modes {
-                native: Support::Broken,
-                ..default.xdp.modes
-            }
-        );
+        assert_eq!(profile.xdp.modes, Modes { native: Support::Broken, ..default.xdp.modes });
         assert_eq!(profile.xdp.attach, default.xdp.attach);
     }
 
@@ -477,10 +443,7 @@ mod tests {
         let unknown = profiles.of_driver("no_such_driver");
         assert!(!unknown.xdp.modes.offload.and_probe(Some(true)));
         assert_eq!(unknown.xdp.attach.first, Disruption::DeviceReset);
-        assert!(
-            !unknown.xdp.prefer.contains(&Mode::Generic),
-            "generic only when asked for"
-        );
+        assert!(!unknown.xdp.prefer.contains(&Mode::Generic), "generic only when asked for");
     }
 
     #[test]
@@ -488,11 +451,7 @@ mod tests {
         for (driver, text) in DRIVERS {
             let profile = parse(driver, text).expect("legal");
             for mode in profile.xdp.prefer {
-                let Modes {
-                    offload,
-                    native,
-                    generic,
-                } = profile.xdp.modes;
+                let Modes { offload, native, generic } = profile.xdp.modes;
                 let support = match mode {
                     Mode::Offload => offload,
                     Mode::Native => native,

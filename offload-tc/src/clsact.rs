@@ -53,16 +53,8 @@ pub struct Slot {
 
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            ifindex,
-            direction,
-            priority,
-            handle,
-        } = self;
-        write!(
-            f,
-            "interface {ifindex}, {direction}, priority {priority}, handle {handle:#x}"
-        )
+        let Self { ifindex, direction, priority, handle } = self;
+        write!(f, "interface {ifindex}, {direction}, priority {priority}, handle {handle:#x}")
     }
 }
 
@@ -114,11 +106,7 @@ pub struct Said(String);
 
 impl fmt::Display for Said {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            write!(f, " ({})", self.0)
-        }
+        if self.0.is_empty() { Ok(()) } else { write!(f, " ({})", self.0) }
     }
 }
 
@@ -136,11 +124,7 @@ pub fn attach(
 ) -> Result<(), ClsactError> {
     listen();
     let mut hook = hook(slot, program);
-    hook.create().map_err(|source| ClsactError::Qdisc {
-        slot,
-        source,
-        said: heard(),
-    })?;
+    hook.create().map_err(|source| ClsactError::Qdisc { slot, source, said: heard() })?;
     // With nothing to replace the kernel itself refuses a slot that is taken. For the other case tc
     // has no compare-and-swap: look first.
     match (query(slot)?, replaces) {
@@ -148,14 +132,12 @@ pub fn attach(
         (Some(prog_id), _) => return Err(ClsactError::Foreign { slot, prog_id }),
         (None, _) => hook.replace(false),
     };
-    hook.attach()
-        .map(|_| ())
-        .map_err(|source| ClsactError::Filter {
-            slot,
-            verb: "added",
-            source,
-            said: heard(),
-        })
+    hook.attach().map(|_| ()).map_err(|source| ClsactError::Filter {
+        slot,
+        verb: "added",
+        source,
+        said: heard(),
+    })
 }
 
 /// Id of the BPF program in `slot`; `None` if there is no BPF filter, also when there is no clsact
@@ -171,12 +153,7 @@ pub fn query(slot: Slot) -> Result<Option<u32>, ClsactError> {
         Ok(prog_id) => Ok(Some(prog_id)),
         // ENOENT: no such filter. EINVAL: no clsact qdisc, or a filter of another kind.
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput) => Ok(None),
-        Err(source) => Err(ClsactError::Filter {
-            slot,
-            verb: "read",
-            source,
-            said: heard(),
-        }),
+        Err(source) => Err(ClsactError::Filter { slot, verb: "read", source, said: heard() }),
     }
 }
 
@@ -189,21 +166,12 @@ pub fn query(slot: Slot) -> Result<Option<u32>, ClsactError> {
 pub fn detach(slot: Slot, prog_id: u32) -> Result<bool, ClsactError> {
     match query(slot)? {
         None => Ok(false),
-        Some(found) if found != prog_id => Err(ClsactError::Foreign {
-            slot,
-            prog_id: found,
-        }),
+        Some(found) if found != prog_id => Err(ClsactError::Foreign { slot, prog_id: found }),
         Some(_) => {
             let stdin = std::io::stdin();
-            hook(slot, stdin.as_fd())
-                .detach()
-                .map(|()| true)
-                .map_err(|source| ClsactError::Filter {
-                    slot,
-                    verb: "deleted",
-                    source,
-                    said: heard(),
-                })
+            hook(slot, stdin.as_fd()).detach().map(|()| true).map_err(|source| {
+                ClsactError::Filter { slot, verb: "deleted", source, said: heard() }
+            })
         }
     }
 }

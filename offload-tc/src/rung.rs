@@ -59,10 +59,7 @@ mod tests {
         for offload in [DriverOffload::Absent, DriverOffload::Possible] {
             let text = why_unavailable("eth7", "nfp", offload).to_string();
             for word in ["eth7", "nfp", "native"] {
-                assert!(
-                    text.contains(word),
-                    "{offload:?}: {word:?} is not in {text:?}"
-                );
+                assert!(text.contains(word), "{offload:?}: {word:?} is not in {text:?}");
             }
         }
     }

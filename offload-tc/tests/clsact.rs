@@ -25,14 +25,8 @@ fn in_new_netns(test: impl FnOnce() + Send + 'static) {
 
 /// A classifier that passes everything (`r0 = TC_ACT_OK; exit`), and its id.
 fn pass_program() -> (OwnedFd, u32) {
-    let exit = bpf_insn {
-        code: 0x95,
-        ..Default::default()
-    };
-    let zero_r0 = bpf_insn {
-        code: 0xb7,
-        ..Default::default()
-    };
+    let exit = bpf_insn { code: 0x95, ..Default::default() };
+    let zero_r0 = bpf_insn { code: 0xb7, ..Default::default() };
     let program = [zero_r0, exit];
     // SAFETY: the instruction pointer and count describe `program`; both names are C strings;
     // options may be null.
@@ -61,19 +55,11 @@ fn pass_program() -> (OwnedFd, u32) {
 
 fn slot(direction: Direction) -> Slot {
     let handle = NonZeroU32::new(0x51).expect("not zero");
-    Slot {
-        ifindex: LOOPBACK,
-        direction,
-        priority: 50,
-        handle,
-    }
+    Slot { ifindex: LOOPBACK, direction, priority: 50, handle }
 }
 
 fn tc(arguments: &str) -> String {
-    let output = Command::new("tc")
-        .args(arguments.split(' '))
-        .output()
-        .expect("tc runs");
+    let output = Command::new("tc").args(arguments.split(' ')).output().expect("tc runs");
     assert!(output.status.success(), "tc {arguments}: {output:?}");
     String::from_utf8(output.stdout).expect("tc prints UTF-8")
 }
@@ -111,10 +97,7 @@ fn foreign_program_is_neither_replaced_nor_removed() {
                 other => panic!("replaces {replaces:?}: {other:?}"),
             }
         }
-        assert!(matches!(
-            detach(slot, our_id),
-            Err(ClsactError::Foreign { .. })
-        ));
+        assert!(matches!(detach(slot, our_id), Err(ClsactError::Foreign { .. })));
         assert_eq!(query(slot).expect("query"), Some(their_id));
     });
 }
@@ -136,10 +119,7 @@ fn other_filters_and_the_qdisc_survive_detach() {
     in_new_netns(|| {
         let slot = slot(Direction::Ingress);
         let (program, id) = pass_program();
-        let neighbour = Slot {
-            priority: 60,
-            ..slot
-        };
+        let neighbour = Slot { priority: 60, ..slot };
         attach(slot, program.as_fd(), None).expect("attach");
         attach(neighbour, program.as_fd(), None).expect("attach beside it");
         assert!(detach(slot, id).expect("detach"));
@@ -158,9 +138,7 @@ fn filter_of_another_kind_is_left_alone_and_the_kernels_words_are_kept() {
         let (program, id) = pass_program();
         let slot = slot(Direction::Ingress);
         assert_eq!(query(slot).expect("query"), None);
-        let text = attach(slot, program.as_fd(), None)
-            .expect_err("taken")
-            .to_string();
+        let text = attach(slot, program.as_fd(), None).expect_err("taken").to_string();
         assert!(text.contains("kind"), "not the kernel's reason: {text:?}");
         assert!(!detach(slot, id).expect("no filter of ours"));
         assert_eq!(tc("filter show dev lo ingress"), before);
@@ -172,20 +150,9 @@ fn error_names_the_slot_and_the_remedy() {
     in_new_netns(|| {
         let (program, _) = pass_program();
         let ifindex = NonZeroU32::new(4711).expect("not zero");
-        let slot = Slot {
-            ifindex,
-            ..slot(Direction::Ingress)
-        };
-        let text = attach(slot, program.as_fd(), None)
-            .expect_err("no interface")
-            .to_string();
-        for word in [
-            "4711",
-            "ingress",
-            "priority 50",
-            "CAP_NET_ADMIN",
-            "existing interface",
-        ] {
+        let slot = Slot { ifindex, ..slot(Direction::Ingress) };
+        let text = attach(slot, program.as_fd(), None).expect_err("no interface").to_string();
+        for word in ["4711", "ingress", "priority 50", "CAP_NET_ADMIN", "existing interface"] {
             assert!(text.contains(word), "{word:?} is not in {text:?}");
         }
     });
