@@ -75,7 +75,8 @@ pub struct Exit {
     pub src_mac: Mac,
 }
 
-/// One connection, both directions. 192 bytes: three cache lines, of which a request touches two.
+/// One connection, both directions. 192 bytes: three cache lines, of which a request of a known
+/// connection reads the first two.
 ///
 /// ```text
 ///  request   client:client_port  → vip:vip_port           becomes  source:source_port → backend:backend_port
@@ -126,13 +127,13 @@ pub struct FlowRecord {
     pub state: u32,
     /// Where requests leave.
     pub forward: Exit,
-    /// Where replies leave.
-    pub reply: Exit,
-
     /// Source address as the backend sees it; equals `client` without SNAT.
     pub source: Addr,
     /// Low 32 bits of jiffies when the record was decided.
     pub decided: u32,
+
+    /// Where replies leave.
+    pub reply: Exit,
     /// Low 32 bits of jiffies when the connection began.
     pub created: u32,
     /// Index into `sl_snat_v1` plus one, 0 without SNAT.
@@ -236,5 +237,5 @@ const _: () = {
     assert!(size_of::<Scratch>() == 256);
     assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
     assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
-    assert!(core::mem::offset_of!(FlowRecord, source) == 128);
+    assert!(core::mem::offset_of!(FlowRecord, reply) == 128);
 };
