@@ -51,8 +51,8 @@ layouts! {
     Extent { offset, size }
     FlowRecord {
         client, vip, backend, client_port, vip_port, backend_port, source_port, proto, reserved,
-        flags, l4_delta, ip_delta, epoch, tunnel, service, backend_id, seen, state, forward, reply,
-        source, decided, created, snat, timeout, reserved2
+        flags, l4_delta, ip_delta, epoch, tunnel, service, backend_id, seen, state, source, decided,
+        forward, reply, created, snat, timeout, reserved2
     }
     FlowSet { tags, records }
     Frontend {

@@ -125,12 +125,12 @@ pub struct FlowRecord {
     pub seen: u32,
     /// [`flow_state`].
     pub state: u32,
-    /// Where requests leave.
-    pub forward: Exit,
     /// Source address as the backend sees it; equals `client` without SNAT.
     pub source: Addr,
     /// Low 32 bits of jiffies when the record was decided.
     pub decided: u32,
+    /// Where requests leave.
+    pub forward: Exit,
 
     /// Where replies leave.
     pub reply: Exit,
