@@ -7,14 +7,16 @@
 
 use std::collections::BTreeMap;
 
-use aya::maps::Array;
+use aya::maps::{Array, Map};
 use sluice::bench::{Kind, Rig, Scenario};
 use sluice::config::Config;
-use sluice_abi::{Family, TRAP, Trap};
+use sluice_abi::{Family, Hook, TRAP, Trap};
 use sluice_tests::elf::{self, helper};
-use sluice_tests::kernel::{OBJECT, TRAP_OBJECT};
-use sluice_tests::netns::in_namespace;
-use sluice_tests::world::FAMILIES;
+use sluice_tests::fixtures::{self, Account, Fixture};
+use sluice_tests::judge::in_kernel;
+use sluice_tests::kernel::{Kernel, OBJECT, TRAP_OBJECT};
+use sluice_tests::netns::{in_namespace, make_interfaces};
+use sluice_tests::world::{FAMILIES, size};
 
 const ESTABLISHED: [Kind; 5] =
     [Kind::Decap, Kind::DnatLocal, Kind::DnatRemote, Kind::DecapDnat, Kind::ReplyRemote];
@@ -27,7 +29,14 @@ fn rig() -> Rig {
 }
 
 fn counts(rig: &Rig) -> BTreeMap<Trap, u64> {
-    let map = rig.map(TRAP).expect("the trap's counts");
+    read_counts(rig.map(TRAP).expect("the trap's counts"))
+}
+
+fn kernel_counts(kernel: &Kernel) -> BTreeMap<Trap, u64> {
+    read_counts(kernel.map(TRAP))
+}
+
+fn read_counts(map: &Map) -> BTreeMap<Trap, u64> {
     let array: Array<_, u64> = map.try_into().expect("an array");
     Trap::ALL.map(|t| (t, array.get(&(t as u32), 0).expect("a count"))).into()
 }
@@ -52,6 +61,44 @@ fn a_million_packets_of_known_connections_decide_and_write_nothing() {
             total += u64::from(PACKETS);
         }
         assert_eq!(total, 1_000_000);
+    });
+}
+
+#[test]
+fn known_connections_decide_nothing_at_any_hook() {
+    const PACKETS: u64 = 100;
+    in_namespace(|| {
+        make_interfaces();
+        let mut kernel = Kernel::load(TRAP_OBJECT, size::FLOW_SETS);
+        let mut seen = BTreeMap::new();
+        for fixture in fixtures::all().iter().filter(|f| in_kernel(f)) {
+            let Account::Flow { new: false, .. } = fixture.account else { continue };
+            kernel.fill(&fixture.world);
+            let mut trail = Vec::new();
+            for step in &fixture.before {
+                let frame = (step.frame)(&trail);
+                trail.push(kernel.run(step.hook, step.ifindex, &frame).bytes);
+            }
+            let Fixture { name, reason, step, .. } = fixture;
+            let frame = (step.frame)(&trail);
+            let calls = kernel_counts(&kernel);
+            let packets = kernel.reason(step.hook, *reason as u32).packets;
+            for _ in 0..PACKETS {
+                kernel.run(step.hook, step.ifindex, &frame);
+            }
+            assert_eq!(
+                kernel.reason(step.hook, *reason as u32).packets - packets,
+                PACKETS,
+                "{name}"
+            );
+            let after = kernel_counts(&kernel);
+            for trap in [Trap::Decide, Trap::Lock] {
+                assert_eq!(after[&trap], calls[&trap], "{name}: {}", trap.label());
+            }
+            *seen.entry(step.hook.label()).or_insert(0) += 1;
+        }
+        println!("fixtures of known connections: {seen:?}");
+        assert_eq!(seen.len(), Hook::ALL.len(), "every hook: {seen:?}");
     });
 }
 
