@@ -152,6 +152,12 @@ impl Kernel {
 
     /// Forgets every connection and every count.
     pub fn clear_state(&mut self) {
+        self.clear_connections();
+        self.clear_counters();
+    }
+
+    /// Forgets every connection.
+    pub fn clear_connections(&mut self) {
         for set in 0..self.flow_sets {
             self.set_flow_set(set, FlowSet::default());
         }
@@ -161,7 +167,6 @@ impl Kernel {
             }
         }
         self.clear_per_cpu::<Scratch>(maps::SCRATCH);
-        self.clear_counters();
     }
 
     /// Sets every counter to zero.

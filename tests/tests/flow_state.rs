@@ -15,7 +15,9 @@ use sluice_tests::host::Host;
 use sluice_tests::judge::{Outcome, Runner, difference};
 use sluice_tests::netns::with_kernel;
 use sluice_tests::packet::{Packet, inner, tcp};
-use sluice_tests::world::{Be, FAMILIES, PROTOCOLS, Svc, TIMEOUTS, World, dev, ip, mac, size};
+use sluice_tests::world::{
+    BACKEND_PORT, Be, FAMILIES, PROTOCOLS, Svc, TIMEOUTS, World, dev, ip, mac, size,
+};
 
 /// Runs a law on the host and on the loaded program.
 fn on_both(world: World, law: fn(&mut dyn Runner, &World)) {
@@ -410,6 +412,32 @@ fn snat_slot_deleted_by_hand_ends_both_directions() {
                 assert_eq!(c.both_ways(runner, &seen), (Way::Ends, Way::Ends), "{service:?}");
                 tables_agree(runner);
             }
+        }
+    });
+}
+
+#[test]
+fn packet_of_another_backend_to_a_snat_port_is_no_reply() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            let client = ip::client(family, 9);
+            let c = Connection::new(family, IPPROTO_TCP, Svc::TunnelV4, client, CLIENT_PORT);
+            let seen = c.establish(runner);
+            let to = (ip::tunnel(family), snat_port(&seen));
+            // Of so many, some share the SNAT slot of the real backend.
+            for n in 0..100 {
+                let (from, port) = match n % 2 {
+                    0 => (ip::peer_pod(family, 100 + n), BACKEND_PORT),
+                    _ => (c.backend.addr(family), BACKEND_PORT + 1 + u16::from(n)),
+                };
+                let forged = Packet::new(IPPROTO_TCP, (from, port), to)
+                    .flags(tcp::ACK)
+                    .eth(mac::PEER_V4, mac::VXLAN_V4);
+                let frame = from_peer(Family::V4, &forged.bytes()).bytes();
+                let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &frame);
+                assert_eq!(reason, Reason::InnerNotLocal, "{from} port {port}");
+            }
+            assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
         }
     });
 }
