@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{LazyLock, Mutex};
 
-use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_getcpu, sched_setaffinity, unshare};
 use nix::unistd::Pid;
 
 use crate::kernel::{Kernel, OBJECT};
@@ -28,8 +28,8 @@ pub fn in_namespace<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static
 
 fn enter() {
     let mut cpus = CpuSet::new();
-    cpus.set(0).expect("CPU 0");
-    sched_setaffinity(Pid::from_raw(0), &cpus).expect("stay on CPU 0");
+    cpus.set(sched_getcpu().expect("this CPU")).expect("this CPU");
+    sched_setaffinity(Pid::from_raw(0), &cpus).expect("stay on this CPU");
     unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace (the tests need root)");
 }
 
