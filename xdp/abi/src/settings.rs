@@ -52,7 +52,7 @@ pub struct Seeds {
     pub cluster: u64,
 }
 
-/// The one value of `sl_settings_v1` (ARRAY), 168 bytes. Agent writes, programs read.
+/// The one value of `sl_settings_v1` (ARRAY), 152 bytes. Agent writes, programs read.
 #[derive(
     Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
