@@ -9,10 +9,11 @@ use sluice_abi::{
     SnatSlot, VerdictKind, flow_state, record_flags,
 };
 use sluice_tests::fixtures::{
-    CLIENT_PORT, from_peer, later, place, request, snat_port, tunnel_service,
+    CLIENT_PORT, from_peer, later, place, pod_request, request, snat_port, tunnel_service,
 };
 use sluice_tests::host::Host;
 use sluice_tests::judge::{Outcome, Runner, difference};
+use sluice_tests::kernel::code;
 use sluice_tests::netns::with_kernel;
 use sluice_tests::packet::{Packet, inner, tcp};
 use sluice_tests::world::{
@@ -622,6 +623,76 @@ fn new_epoch_keeps_the_backend_and_takes_the_new_way() {
                 c.open(runner);
                 assert_eq!(record_of(runner, &c).2.backend, ip::pod_redirect(family));
             }
+        }
+    });
+}
+
+#[test]
+fn old_decision_is_taken_anew_though_nothing_was_announced() {
+    on_both(World::standard(), |runner, world| {
+        let client = ip::client(Family::V4, 9);
+        let c = Connection::new(Family::V4, IPPROTO_UDP, Svc::LocalStack, client, CLIENT_PORT);
+        c.establish(runner);
+        // The agent changed the tables and died before it bumped the epoch.
+        let mut world = world.clone();
+        let pod = world.pods.get_mut(&ip::pod_stack(Family::V4)).expect("it is there");
+        pod.delivery = Delivery::Redirect as u16;
+        runner.rewrite(&world);
+        let code = |runner: &mut dyn Runner| {
+            runner.send(Hook::Xdp, dev::UPLINK, &c.request.bytes()).1.code
+        };
+        let age = |runner: &mut dyn Runner, by: u32| {
+            change(runner, &c, |_, r| r.decided = r.decided.wrapping_sub(by));
+        };
+        age(runner, TIMEOUTS.redecide - 100_000);
+        assert_eq!(code(runner), code::XDP_PASS, "decided anew before its time");
+        age(runner, 200_000);
+        assert_eq!(code(runner), code::XDP_REDIRECT, "not decided anew");
+        let decided = record_of(runner, &c).2.decided;
+        assert_eq!(code(runner), code::XDP_REDIRECT);
+        assert_eq!(record_of(runner, &c).2.decided, decided, "decided anew once more");
+    });
+}
+
+#[test]
+fn stamp_is_renewed_only_when_it_is_old() {
+    on_both(World::standard(), |runner, _| {
+        let client = ip::client(Family::V6, 9);
+        let c = Connection::new(Family::V6, IPPROTO_UDP, Svc::LocalRedirect, client, CLIENT_PORT);
+        let seen = c.establish(runner);
+        assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+        let stamp = |runner: &dyn Runner| record_of(runner, &c).2.seen;
+        let age = |runner: &mut dyn Runner, by: u32| {
+            change(runner, &c, |_, r| r.seen = r.seen.wrapping_sub(by));
+        };
+        age(runner, TIMEOUTS.stamp - 100_000);
+        let old = stamp(runner);
+        assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+        assert_eq!(stamp(runner), old, "written on the established path");
+        age(runner, 200_000);
+        let old = stamp(runner);
+        assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+        assert!(stamp(runner).wrapping_sub(old) > TIMEOUTS.stamp, "not renewed");
+    });
+}
+
+#[test]
+fn connection_moves_to_another_tunnel_once_the_tables_have_changed() {
+    on_both(World::standard(), |runner, world| {
+        for family in FAMILIES {
+            let through = |runner: &mut dyn Runner, underlay| {
+                let packet = pod_request(family, IPPROTO_UDP, Svc::LocalRedirect, underlay);
+                let frame = from_peer(underlay, &packet.bytes()).bytes();
+                runner.send(Hook::Xdp, dev::UPLINK, &frame).0
+            };
+            runner.rewrite(world);
+            assert_eq!(through(runner, Family::V4), Reason::DecapDnatLocal);
+            assert_eq!(through(runner, Family::V6), Reason::TunnelChanged);
+            let mut world = world.clone();
+            world.settings.epoch += 1;
+            runner.rewrite(&world);
+            assert_eq!(through(runner, Family::V6), Reason::DecapDnatLocal);
+            assert_eq!(through(runner, Family::V4), Reason::TunnelChanged);
         }
     });
 }
