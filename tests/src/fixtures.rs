@@ -99,6 +99,8 @@ pub struct Fixture {
     pub family: Option<Family>,
     /// The tables.
     pub world: World,
+    /// The tables while arrived what arrived before, if they were others.
+    pub world_before: Option<World>,
     /// What arrived before.
     pub before: Vec<Step>,
     /// What arrives.
@@ -146,6 +148,7 @@ impl Fixture {
             reason,
             family: family.into(),
             world: World::standard(),
+            world_before: None,
             before: Vec::new(),
             step: Step { hook, ifindex, frame: Box::new(frame) },
             action,
@@ -155,6 +158,11 @@ impl Fixture {
             head_room: HeadRoom::Plenty,
             runs: Where::Everywhere,
         }
+    }
+
+    /// The tables at the beginning.
+    pub fn first_world(&self) -> &World {
+        self.world_before.as_ref().unwrap_or(&self.world)
     }
 
     /// In another world.

@@ -193,7 +193,7 @@ impl Runner for Kernel {
     }
 }
 
-/// Runs a fixture whose world the runner has been filled with.
+/// Runs a fixture with whose first world the runner has been filled.
 ///
 /// # Errors
 /// What is not as the fixture says.
@@ -207,6 +207,9 @@ pub fn judge(fixture: &Fixture, runner: &mut (impl Runner + ?Sized)) -> Result<O
             return Err(format!("step {i} was not forwarded: {}", seen(runner)));
         }
         trail.push(outcome.bytes);
+    }
+    if fixture.world_before.is_some() {
+        runner.rewrite(&fixture.world);
     }
     runner.clear();
     runner.arm(fixture);

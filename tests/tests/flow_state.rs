@@ -691,6 +691,10 @@ fn connection_moves_to_another_tunnel_once_the_tables_have_changed() {
             let mut world = world.clone();
             world.settings.epoch += 1;
             runner.rewrite(&world);
+            let forged = pod_request(family, IPPROTO_UDP, Svc::LocalRedirect, Family::V4);
+            let forged = forged.eth(mac::GATEWAY, mac::UPLINK).bytes();
+            let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &forged);
+            assert_eq!(reason, Reason::TunnelChanged, "without any tunnel");
             assert_eq!(through(runner, Family::V6), Reason::DecapDnatLocal);
             assert_eq!(through(runner, Family::V4), Reason::TunnelChanged);
         }

@@ -86,7 +86,7 @@ impl Lab {
 
     fn judge(&mut self, fixture: &Fixture) -> Result<(), String> {
         self.tap.drain();
-        self.kernel.fill(&fixture.world);
+        self.kernel.fill(fixture.first_world());
         let mut trail = Vec::new();
         for step in &fixture.before {
             let frame = (step.frame)(&trail);
@@ -99,6 +99,9 @@ impl Lab {
             trail.push(seen.map(|s| s.bytes).unwrap_or_default());
         }
         self.tap.drain();
+        if fixture.world_before.is_some() {
+            self.kernel.rewrite(&fixture.world);
+        }
         self.kernel.clear_counters();
         let frame = (fixture.step.frame)(&trail);
         self.step(&fixture.step, &frame)?;
