@@ -139,7 +139,8 @@ impl Bed {
         fs::remove_file(self.objects().join(file)).expect("a manifest to remove");
     }
 
-    /// Starts the agent without waiting for it.
+    /// Starts the agent without waiting for it. Its tables are small: each look at the counters
+    /// reads all of them.
     pub fn spawn_agent(&mut self) {
         self.agent = Some(self.spawn_agent_on(NODE));
     }
@@ -152,7 +153,8 @@ impl Bed {
              [source]\npath = {objects}\nsettle = \"50ms\"\n\
              [datapath]\nuplinks = [\"{UPLINK}\"]\ntunnel_devices = [\"{VXLAN_DEVICE}\"]\n\
              mode = \"{mode}\"\nbehaviour = \"{behaviour}\"\ndelivery = \"{delivery}\"\n\
-             exclude_interfaces = {exclude:?}\n{tables}",
+             exclude_interfaces = {exclude:?}\n\
+             [maps]\nbackends = 1024\nvteps = 64\nnexthops = 64\n{tables}",
             pins = quoted(self.lab.make_pin_dir(node).expect("a directory for pins")),
             run = quoted(self.lab.dir().join(node)),
             objects = quoted(self.objects()),
