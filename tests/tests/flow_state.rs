@@ -347,6 +347,9 @@ fn expired_connection_gives_way_though_answered() {
         let newcomer = connection(99);
         assert_eq!(newcomer.send(runner, &newcomer.request), Err(Reason::FlowTableFull));
         let late = |r: &mut FlowRecord, by: u32| r.seen = r.seen.wrapping_sub(by);
+        // Another CPU stamped it after this one had read the time: no age at all, and no wrap.
+        change(runner, &connection(7), |_, r| r.seen = r.seen.wrapping_add(100_000));
+        assert_eq!(newcomer.send(runner, &newcomer.request), Err(Reason::FlowTableFull));
         change(runner, &connection(5), |_, r| late(r, TIMEOUTS.tcp_established - 100_000));
         assert_eq!(newcomer.send(runner, &newcomer.request), Err(Reason::FlowTableFull));
         let way = record_of(runner, &connection(5)).1;
