@@ -145,7 +145,12 @@ impl Bed {
         self.agent = Some(self.spawn_agent_on(NODE));
     }
 
-    fn spawn_agent_on(&mut self, node: &str) -> RunningAgent {
+    /// Writes the configuration of node1's agent, which reads it when it has changed.
+    pub fn configure(&self) {
+        self.configure_on(NODE);
+    }
+
+    fn configure_on(&self, node: &str) -> PathBuf {
         let quoted = |path: PathBuf| format!("{:?}", path.display().to_string());
         let config = &self.config;
         let text = format!(
@@ -166,6 +171,11 @@ impl Bed {
         );
         let path = self.lab.agent_config(node);
         fs::write(&path, text).expect("a configuration file");
+        path
+    }
+
+    fn spawn_agent_on(&mut self, node: &str) -> RunningAgent {
+        let path = self.configure_on(node);
         let mut command = Command::new(&self.lab.context().sluice);
         command.arg("run").arg("--config").arg(&path);
         let host = self.lab.host(node).expect("a node");

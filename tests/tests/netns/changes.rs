@@ -8,10 +8,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use sluice_lab::plan::{
+    HOST_INTERFACE, POD_GATEWAY_MAC, POD_GATEWAY_V4, POD_GATEWAY_V6, UPLINK, pod_mtu,
+};
 use sluice_lab::traffic::Connection;
 use sluice_lab::{Family, LabSpec, Mode, Netns};
 
-use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, Service, wait};
+use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, Service, delta, wait};
 
 const SHOP: Service = Service { name: "cart", number: 7 };
 /// Enough that each of two endpoints gets some: all to one happens once in 32768 runs.
@@ -285,6 +288,107 @@ fn datapath_serves_new_and_old_connections_while_no_agent_runs() {
         }
     }
     assert!(bed.counters().reason("reply_remote") > 0, "`sluice counters` needs no agent");
+}
+
+#[test]
+fn connections_stay_when_mode_and_delivery_change() {
+    let mut bed = bed(Mode::Native, "");
+    let mut kept = Kept::open_many(&bed);
+    for (mode, delivery, word) in [
+        (Mode::Native, "stack", "native"),
+        (Mode::Generic, "stack", "generic"),
+        (Mode::Generic, "redirect", "generic"),
+        (Mode::Native, "auto", "native"),
+    ] {
+        (bed.config.mode, bed.config.delivery) = (mode, delivery);
+        bed.configure();
+        wait("the agent has taken its new configuration", || {
+            let status = bed.status();
+            let by_stack = status["stack_delivery"]["pod1"].is_string();
+            if status["ready"] == true
+                && status["mode"][UPLINK] == word
+                && by_stack == (delivery == "stack")
+            {
+                return Ok(());
+            }
+            Err(status.to_string())
+        });
+        all_stay(&mut kept, delivery);
+        let before = bed.counters();
+        for family in FAMILIES {
+            bed.ask_often("client", SHOP.load_balancer(family, HTTP), 4);
+        }
+        assert!(delta(&bed, &before).reason("reply_local") > 0, "{mode} {delivery}");
+    }
+    bed.stop();
+    bed.config.mode = Mode::Generic;
+    bed.start();
+    assert_eq!(bed.status()["mode"][UPLINK], "generic", "the mode changed while no agent ran");
+    all_stay(&mut kept, "the mode changed while no agent ran");
+}
+
+/// The pod's interface goes and comes back with the same addresses, as when a pod of a StatefulSet
+/// is made anew.
+fn make_pod_anew(bed: &Bed, name: &str) {
+    let pod = bed.pod(name);
+    let device = &pod.host_interface;
+    let (ip, mtu) = ("ip", pod_mtu(Family::V4));
+    let on_node = |line: String| bed.run(NODE, ip, &line.split(' ').collect::<Vec<_>>());
+    let in_pod = |line: String| bed.run(name, ip, &line.split(' ').collect::<Vec<_>>());
+    on_node(format!("link del {device}"));
+    on_node(format!(
+        "link add {device} address {POD_GATEWAY_MAC} mtu {mtu} type veth peer name \
+         {HOST_INTERFACE} address {} mtu {mtu} netns {}",
+        pod.mac,
+        pod.netns.name(),
+    ));
+    in_pod(format!("link set {HOST_INTERFACE} up"));
+    on_node(format!("link set {device} up"));
+    for (address, gateway) in [
+        (IpAddr::from(pod.v4), IpAddr::from(POD_GATEWAY_V4)),
+        (IpAddr::from(pod.v6), IpAddr::from(POD_GATEWAY_V6)),
+    ] {
+        in_pod(format!("addr add {address} dev {HOST_INTERFACE}"));
+        in_pod(format!(
+            "neigh replace {gateway} lladdr {POD_GATEWAY_MAC} dev {HOST_INTERFACE} nud permanent"
+        ));
+        in_pod(format!("route add default via {gateway} dev {HOST_INTERFACE} onlink"));
+        on_node(format!("route add {address} dev {device}"));
+    }
+    for (host, device, gro) in [(NODE, device.as_str(), "off"), (name, HOST_INTERFACE, "on")] {
+        let offloads = ["-K", device, "tx", "off", "tso", "off", "gso", "off", "gro", gro];
+        bed.run(host, "ethtool", &offloads);
+    }
+}
+
+#[test]
+fn pod_made_anew_with_its_addresses_is_served_again() {
+    let bed = bed(Mode::Native, "");
+    set_endpoints(&bed, &["pod1-1"]);
+    let mut kept = Kept::open_many(&bed);
+    let interface = |bed: &Bed| bed.status()["interfaces"]["pod1"]["ifindex"].clone();
+    let old = interface(&bed);
+    make_pod_anew(&bed, "pod1-1");
+    wait("the agent has found the new interface", || match interface(&bed) {
+        new if new != old && new.is_u64() => Ok(()),
+        other => Err(other.to_string()),
+    });
+    wait("delivery by redirect", || match bed.status()["stack_delivery"]["pod1"].as_str() {
+        None => Ok(()),
+        Some(reason) => Err(reason.to_owned()),
+    });
+    assert_eq!(bed.programs("pod1"), ["tc_ingress", "tc_egress"]);
+    for family in FAMILIES {
+        for _ in 0..4 {
+            assert_eq!(bed.ask("client", SHOP.load_balancer(family, HTTP)).pod, "pod1-1");
+            assert_eq!(bed.ask_udp("client", SHOP.load_balancer(family, ECHO)), "pod1-1");
+        }
+        bed.ping("pod2-1", bed.pod("pod1-1").address(family), 1200, 3, &[]);
+        let inside = SocketAddr::new(SHOP.cluster_ip(family), HTTP);
+        assert_eq!(bed.ask("pod1-2", inside).pod, "pod1-1");
+    }
+    // The pod's sockets are still there, so its connections are as well.
+    all_stay(&mut kept, "the pod's interface was made anew");
 }
 
 #[test]

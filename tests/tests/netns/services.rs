@@ -131,7 +131,13 @@ fn generic_serves_remote_backends_over_an_ipv6_underlay() {
 
 /// Full-sized packets in both directions, through translation and encapsulation.
 fn streams(mode: Mode) {
-    let spec = LabSpec::kernel_only(2, 1);
+    // A client whose packets are as large as the underlay's, and a tunnel with other numbers.
+    let spec = LabSpec {
+        client_mtu: 1500,
+        vni: 0x00ab_cdef,
+        vxlan_port: 4789,
+        ..LabSpec::kernel_only(2, 1)
+    };
     // iperf3's own port, with the numbers of its pods.
     let iperf3 = |service: Service, pod| {
         let text = service.objects(&spec, &[pod]);
