@@ -392,6 +392,34 @@ fn pod_made_anew_with_its_addresses_is_served_again() {
 }
 
 #[test]
+fn other_node_that_changes_its_mac_is_followed() {
+    let bed = bed(Mode::Native, "");
+    set_endpoints(&bed, &["pod2-1"]);
+    let mut kept = Kept::open_many(&bed);
+    let node2 = bed.netns("node2");
+    // A host whose card was replaced says so (gratuitous ARP, unsolicited neighbour advertisement).
+    node2.sysctl("ipv4/conf/uplink0/arp_notify", "1").expect("a sysctl");
+    node2.sysctl("ipv6/conf/uplink0/ndisc_notify", "1").expect("a sysctl");
+    let mac = "02:53:4c:75:02:ff";
+    bed.run("node2", "ip", &["link", "set", UPLINK, "address", mac]);
+    wait("the kernel of node1 knows it", || {
+        let shown = bed.run(NODE, "ip", &["neigh", "show", "192.0.2.2"]);
+        if shown.contains(mac) { Ok(()) } else { Err(shown) }
+    });
+    for family in FAMILIES {
+        wait("a new connection", || {
+            let target = SHOP.load_balancer(family, HTTP);
+            let url = format!("http://{target}/");
+            match bed.try_run("client", "curl", &["-sSgf", "--max-time", "1", &url]) {
+                (true, _) => Ok(()),
+                (false, text) => Err(text),
+            }
+        });
+    }
+    all_stay(&mut kept, "the other node has another MAC address");
+}
+
+#[test]
 fn deleted_service_is_no_longer_served_and_the_others_are() {
     const OTHER: Service = Service { name: "other", number: 8 };
     let bed = bed(Mode::Native, "");
