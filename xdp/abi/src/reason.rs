@@ -108,6 +108,7 @@ reasons! {
     36 Drop HeadRoom "head_room" "the driver left no room for the outer headers";
     37 Drop FlowChanged "flow_changed" "the flow ended while its packet was being translated";
     38 Drop Martian "martian" "source or destination address that no wire may carry";
+    39 Pass Hairpin "hairpin" "a pod's request to a Service that chose the pod itself: left to the kernel";
 }
 
 impl Reason {

@@ -109,7 +109,7 @@ pub fn stashed(scratch: At<'_, Scratch>) -> Tuple {
 /// record anew.
 ///
 /// # Errors
-/// `NoService`, `FailSafe`, `MidFlow`, `NoEndpointPassed`, `TableBroken` (pass); `Martian`,
+/// `NoService`, `FailSafe`, `MidFlow`, `NoEndpointPassed`, `Hairpin`, `TableBroken` (pass); `Martian`,
 /// `NoEndpoint`, `LocalPolicy`, `SnatExhausted`, `FlowTableFull` (drop).
 #[inline(always)]
 pub fn ask<'a, E: Env>(
@@ -195,6 +195,10 @@ fn decide<E: Env>(
     begin(settings, draft, env.now());
     choose_backend(env, settings, frontend, draft, extent).ok_or(Reason::TableBroken)?;
     let client = field!(draft, FlowRecord, client).get();
+    if client == field!(draft, FlowRecord, backend).get() {
+        // The pod would meet its own address as the source, which no stack takes from outside.
+        return Err(Reason::Hairpin);
+    }
     let port = field!(draft, FlowRecord, client_port).get();
     let place = flow::place(env, settings, client, port, key.proto).ok_or(Reason::TableBroken)?;
     if field!(ask, Ask, snat).get() != 0 && way_out(draft) >= ExitKind::Tunnel as u8 {
