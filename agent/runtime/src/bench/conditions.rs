@@ -44,6 +44,8 @@ pub struct Conditions {
     pub maps: BTreeMap<&'static str, u32>,
     /// `accelerate` or `replace`.
     pub mode: &'static str,
+    /// First and last source port of rewritten requests.
+    pub snat_ports: [u16; 2],
     /// Bytes of the innermost frame.
     pub frame: usize,
     /// Rounds through all rows.
@@ -113,6 +115,7 @@ impl Conditions {
             } else {
                 "accelerate"
             },
+            snat_ports: [rig.settings().snat_first_port, rig.settings().snat_last_port],
             frame: super::packet::FRAME_LEN,
             rounds,
             repeat,

@@ -105,11 +105,13 @@ impl Report {
             text.push_str(&format!("  {name}: {state}\n"));
         }
         text.push_str(&format!(
-            "program tag {}, {} instructions verified, {} bytes of machine code; mode {}; maps: {}\n{} rounds of {} packets of {} bytes (inner frame)\n\n",
+            "program tag {}, {} instructions verified, {} bytes of machine code; mode {}; SNAT ports {} to {}; maps: {}\n{} rounds of {} packets of {} bytes (inner frame)\n\n",
             c.program.tag,
             c.program.verified_instructions.unwrap_or_default(),
             c.program.machine_bytes,
             c.mode,
+            c.snat_ports[0],
+            c.snat_ports[1],
             c.maps.iter().map(|(n, e)| format!("{n} {e}")).collect::<Vec<_>>().join(", "),
             c.rounds,
             c.repeat,

@@ -106,6 +106,10 @@ impl Rig {
         settings::fill(s, &config, &NodeContext::default(), 250);
         s.seeds.flow = 0x7c15_9e37_79b9_7f4b;
         s.vxlan_ports = [sluice_abi::Be16::new(tables::VXLAN_PORT); 2];
+        if self.sizes.flow_sets > config::Config::default().maps.flow_sets {
+            // More connections than the default's table holds also need more source ports.
+            (s.snat_first_port, s.snat_last_port) = (1024, u16::MAX);
+        }
         let (v4, v6) = Tables::node_addresses();
         settings::fill_addresses(s, Some(v4), Some(v6));
         let settings = self.settings;
