@@ -60,8 +60,17 @@ impl Netlink {
         what: &'static str,
         question: RouteNetlinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
-        self.ask(question, NLM_F_REQUEST | NLM_F_DUMP)
-            .map_err(|source| NetlinkError { what, source })
+        // A table that changed while it was read may have entries missing: read it again, because a
+        // missing peer would take its endpoints out of every Service.
+        let mut tries = 0;
+        loop {
+            match self.ask(question.clone(), NLM_F_REQUEST | NLM_F_DUMP) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted && tries < DUMP_TRIES => {
+                    tries += 1
+                }
+                answer => return answer.map_err(|source| NetlinkError { what, source }),
+            }
+        }
     }
 
     /// One object.
@@ -103,6 +112,7 @@ impl Netlink {
         message.serialize(&mut buffer);
         self.socket.send(&buffer, 0)?;
         let mut answers = Vec::new();
+        let mut interrupted = false;
         loop {
             let (datagram, _) = self.socket.recv_from_full()?;
             for raw in messages(&datagram) {
@@ -117,8 +127,12 @@ impl Netlink {
                 if message.header.sequence_number != self.sequence {
                     continue;
                 }
+                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
                     NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                    NetlinkPayload::Done(_) if interrupted => {
+                        return Err(io::ErrorKind::Interrupted.into());
+                    }
                     NetlinkPayload::Done(_) => return Ok(answers),
                     NetlinkPayload::Error(e) => {
                         return match e.code {
@@ -132,6 +146,11 @@ impl Netlink {
         }
     }
 }
+
+/// The dump was interrupted by a change (include/uapi/linux/netlink.h).
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// Interrupted dumps that are begun anew before the kernel's answer is an error.
+const DUMP_TRIES: u32 = 8;
 
 /// The messages of one datagram (RFC 3549 section 2.2: aligned to four bytes).
 fn messages(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
