@@ -28,9 +28,11 @@ use crate::{Agent, Family, Host, Lab, LabContext, LabError, LabSpec, Mode, inter
 
 /// The node under test.
 const NODE: &str = "node1";
-/// Requests of one case. With two endpoints, one of them gets none in 1 of 32768 runs if the
-/// choice were a coin's; the consistent hash spreads more evenly than that.
+/// Requests of one case.
 const REQUESTS: usize = 16;
+/// Requests at most while an endpoint has not answered: the kernel chooses each request's port, and
+/// with it the endpoint, so that sixteen of a kind come about by chance once in 32768 rows.
+const MOST_REQUESTS: usize = 64;
 /// Bytes that each TCP request downloads behind its answer: enough for full-sized segments.
 const DOWNLOAD_BYTES: usize = 20_000;
 /// How long counters may lag behind the traffic: the time of a command, or of a swept queue.
@@ -406,7 +408,7 @@ fn run_case(lab: &Lab, case: &Case, mode: Mode) -> Result<Row, LabError> {
     };
     let counters_before = lab.agent_counters(NODE);
     let packets_before = traffic::settled_packets(counted_host)?;
-    let replies = ask(case, &mut problems)?;
+    let (requests, replies) = ask(case, &mut problems)?;
     let packets = traffic::settled_packets(counted_host)? - packets_before;
 
     let mut row = Row {
@@ -415,7 +417,7 @@ fn run_case(lab: &Lab, case: &Case, mode: Mode) -> Result<Row, LabError> {
         to: case.to.clone(),
         target: case.target,
         protocol: case.protocol,
-        requests: REQUESTS,
+        requests,
         packets_sent: packets.sent,
         packets_received: packets.received,
         answered: BTreeMap::new(),
@@ -433,10 +435,16 @@ fn run_case(lab: &Lab, case: &Case, mode: Mode) -> Result<Row, LabError> {
     Ok(row)
 }
 
-/// Sends the requests one after the other, each from a port of its own.
-fn ask(case: &Case, problems: &mut Vec<String>) -> Result<Vec<Reply>, LabError> {
+/// Sends the requests one after the other, each from a port of its own. Their number, and the
+/// answers.
+fn ask(case: &Case, problems: &mut Vec<String>) -> Result<(usize, Vec<Reply>), LabError> {
     let mut replies = Vec::new();
-    for number in 1..=REQUESTS {
+    let all_answered = |replies: &[Reply]| {
+        case.pods.iter().all(|pod| replies.iter().any(|reply| reply.pod == *pod))
+    };
+    let mut sent = 0;
+    while sent < REQUESTS || sent < MOST_REQUESTS && !all_answered(&replies) {
+        sent += 1;
         interrupt::check()?;
         let reply = case.from.netns.enter(|| match case.protocol {
             Protocol::Tcp => traffic::ask_tcp(case.target, DOWNLOAD_BYTES),
@@ -446,12 +454,12 @@ fn ask(case: &Case, problems: &mut Vec<String>) -> Result<Vec<Reply>, LabError> 
             Ok(reply) => replies.push(reply),
             Err(error) => {
                 // The row has failed; further waiting would say nothing new.
-                problems.push(format!("request {number}: {error}"));
+                problems.push(format!("request {sent}: {error}"));
                 break;
             }
         }
     }
-    Ok(replies)
+    Ok((sent, replies))
 }
 
 fn judge_answers(case: &Case, replies: &[Reply], row: &mut Row) {
