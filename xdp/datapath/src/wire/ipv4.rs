@@ -29,7 +29,5 @@ pub struct Ipv4 {
     pub dst: [u8; 4],
 }
 
-/// "Do not fragment".
-pub const FLAG_DF: Be16 = Be16::new(0x4000);
 /// "More fragments" and the offset: not zero in every fragment.
 pub const FRAGMENT_MASK: u16 = 0x3fff;
