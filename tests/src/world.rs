@@ -306,6 +306,11 @@ impl Svc {
         FrontendKey { addr, port, proto, reserved: 0 }
     }
 
+    /// The key of its address as such; none has the node's address.
+    pub fn vip(self, family: Family) -> FrontendKey {
+        FrontendKey::address(self.addr(family))
+    }
+
     /// Its backends in the standard world.
     pub fn backends(self) -> &'static [Be] {
         match self {
@@ -448,7 +453,7 @@ pub const TIMEOUTS: Timeouts = Timeouts {
 pub struct World {
     /// The settings.
     pub settings: Settings,
-    /// Where Services are reached.
+    /// Where Services are reached, and which addresses are theirs alone.
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     /// Consistent-hash extents.
     pub maglev: Vec<u32>,
@@ -548,6 +553,9 @@ impl World {
             ..Frontend::default()
         };
         self.frontends.insert(service.key(family, proto), frontend);
+        if !matches!(service, Svc::NodePort | Svc::FailSafe) {
+            self.frontends.insert(service.vip(family), Frontend::ADDRESS);
+        }
     }
 }
 

@@ -5,7 +5,8 @@
 //!  next hops ◄ tunnels ◄ vteps ◄ vtep sources ◄ pods ◄ backends ◄─────────── frontends    delete
 //! ```
 //!
-//! First everything is put, then everything is deleted. An extent that frontends use is never
+//! An address that is Services' alone is said to be so last and first not to be: a Service that comes
+//! is never rejected. First everything is put, then everything is deleted. An extent that frontends use is never
 //! rewritten unless the tables are full; a swap is the one hash update of the frontend.
 
 use sluice_abi::{Addr, Backend, Frontend, FrontendKey, NextHop, Pod, Tunnel, Vtep, VtepKey};
@@ -166,9 +167,12 @@ pub fn delta(actual: &Tables, desired: &Tables) -> Delta {
                 entries: entries.clone(),
             }),
     );
-    ops.extend(frontends.puts(|key, value| MapOp::Frontend { key, value }));
+    let frontend = |key, value| MapOp::Frontend { key, value };
+    let (addresses, services): (Vec<_>, Vec<_>) = frontends.puts(frontend).partition(is_address);
+    ops.extend(services.into_iter().chain(addresses));
 
-    ops.extend(frontends.deletes(|key, value| MapOp::Frontend { key, value }));
+    let (addresses, services): (Vec<_>, Vec<_>) = frontends.deletes(frontend).partition(is_address);
+    ops.extend(addresses.into_iter().chain(services));
     ops.extend(backends.deletes(|id, value| MapOp::Backend { id, value }));
     ops.extend(pods.deletes(|key, value| MapOp::Pod { key, value }));
     ops.extend(vtep_sources.deletes(|key, value| MapOp::VtepSource { key, value }));
@@ -178,10 +182,15 @@ pub fn delta(actual: &Tables, desired: &Tables) -> Delta {
     Delta { ops, new_epoch }
 }
 
+/// Whether the operation is about an address as such.
+fn is_address(op: &MapOp) -> bool {
+    matches!(op, MapOp::Frontend { key, .. } if key.is_address())
+}
+
 /// Service ids that no frontend had before.
 fn new_services(actual: &Tables, desired: &Tables) -> impl Iterator<Item = u32> {
     let ids = |tables: &Tables| -> BTreeSet<u32> {
-        tables.frontends.values().map(|f| f.service).collect()
+        tables.frontends.values().map(|f| f.service).filter(|id| *id != 0).collect()
     };
     let before = ids(actual);
     ids(desired).into_iter().filter(move |id| !before.contains(id))

@@ -14,6 +14,8 @@ use crate::{Names, Tables};
 pub struct Dump {
     /// Services by `namespace/name:port`.
     pub services: BTreeMap<String, ServiceDump>,
+    /// Addresses that are Services' alone.
+    pub vips: Vec<String>,
     /// Backends by `address:port/protocol`.
     pub backends: BTreeMap<String, BackendDump>,
     /// Pods of this node by address.
@@ -140,6 +142,10 @@ fn is_zero(n: &u32) -> bool {
 pub fn dump(tables: &Tables, names: &Names) -> Dump {
     let mut out = Dump::default();
     for (key, frontend) in &tables.frontends {
+        if key.is_address() {
+            out.vips.push(key.addr.to_string());
+            continue;
+        }
         let service = names
             .services
             .get(&frontend.service)

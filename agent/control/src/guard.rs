@@ -52,7 +52,8 @@ pub fn mass_removal(actual: &Tables, desired: &Desired, threshold: MassRemoval) 
     let backends: BTreeSet<_> = desired.backends.keys().copied().collect();
     let vteps: BTreeSet<(u32, Addr)> =
         desired.vteps.keys().map(|vtep| (vtep.vni, vtep.remote.into())).collect();
-    let removed_frontends = actual.frontends.keys().filter(|key| !frontends.contains(key)).count();
+    let services = || actual.frontends.keys().filter(|key| !key.is_address());
+    let removed_frontends = services().filter(|key| !frontends.contains(key)).count();
     let removed_backends = actual
         .backends
         .values()
@@ -64,7 +65,7 @@ pub fn mass_removal(actual: &Tables, desired: &Desired, threshold: MassRemoval) 
         .filter(|vtep| !vteps.contains(&(vtep.vni.host() >> 8, vtep.remote)))
         .count();
     [
-        ("frontends", actual.frontends.len(), removed_frontends),
+        ("frontends", services().count(), removed_frontends),
         ("backends", actual.backends.len(), removed_backends),
         ("vteps", actual.vteps.len(), removed_vteps),
     ]

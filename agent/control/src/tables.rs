@@ -69,6 +69,13 @@ impl Tables {
         self.extents.get(&extent.offset).filter(|entries| entries.len() == extent.size as usize)
     }
 
+    /// Whether some Service has the address of `key`.
+    fn has_service(&self, key: &FrontendKey) -> bool {
+        let from = FrontendKey { addr: key.addr, ..FrontendKey::default() };
+        let here = self.frontends.range(from..).take_while(|(other, _)| other.addr == key.addr);
+        here.into_iter().any(|(other, _)| !other.is_address())
+    }
+
     /// Every reference that leads nowhere, as text. Empty in a correct datapath, at every moment.
     pub fn dangling(&self) -> Vec<String> {
         let mut found = Vec::new();
@@ -88,7 +95,11 @@ impl Tables {
                     }
                 }
             }
-            if frontend.service == 0 {
+            if key.is_address() {
+                if !self.has_service(key) || *frontend != Frontend::ADDRESS {
+                    found.push(format!("frontend {key:?}: no Service has the address"));
+                }
+            } else if frontend.service == 0 {
                 found.push(format!("frontend {key:?}: no service id"));
             }
         }

@@ -45,6 +45,7 @@ cases! {
     remote_by_tunnel "remote-by-tunnel",
     remote_plain "remote-plain",
     source_ranges "source-ranges",
+    shared_address "shared-address",
 }
 
 #[test]

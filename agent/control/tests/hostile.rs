@@ -335,3 +335,15 @@ fn same_object_in_two_files_is_taken_from_the_first() {
         ]
     );
 }
+
+/// Port 0 is the key under which an address is known as such.
+#[test]
+fn service_with_port_zero_never_makes_an_address_a_services_own() {
+    let text = "apiVersion: v1\nkind: Service\nmetadata: {name: zero}\n\
+                spec: {clusterIP: 10.96.9.7, externalIPs: [203.0.113.7], ports: [{port: 0}]}\n";
+    let (dump, skipped) = program(&[("a.yaml", text)], &node());
+    assert!(dump.services.is_empty());
+    assert_eq!(dump.vips, Vec::<String>::new());
+    assert_eq!(error_count(&skipped), 1);
+    assert!(skipped[0].field.starts_with("spec.ports[0]"), "{}", skipped[0]);
+}

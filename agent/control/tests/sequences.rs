@@ -116,6 +116,7 @@ impl World {
                     .into_iter()
                     .collect(),
                 load_balancer_ips: vec![],
+                uncaptured_ips: vec![],
                 ports: vec![ServicePort {
                     name: "http".into(),
                     protocol: Protocol::Tcp,
@@ -429,12 +430,15 @@ proptest! {
             prop_assert!(tables.backends.keys().all(|id| (1..backends).contains(id)));
             prop_assert!(tables.vteps.keys().all(|id| (1..vteps).contains(id)));
             prop_assert!(tables.next_hops.keys().all(|id| (1..next_hops).contains(id)));
-            prop_assert!(tables.frontends.values().all(|f| (1..services).contains(&f.service)));
+            let (vips, served): (Vec<_>, Vec<_>) =
+                tables.frontends.iter().partition(|(key, _)| key.is_address());
+            prop_assert!(served.iter().all(|(_, f)| (1..services).contains(&f.service)));
             let fits = |(offset, entries): (&u32, &Arc<[u32]>)| {
                 *offset >= 1 && offset + entries.len() as u32 <= maglev_entries
             };
             prop_assert!(tables.extents.iter().all(fits));
-            let complete = tables.frontends.len() == compiled.desired.frontends.len();
+            let complete = served.len() == compiled.desired.frontends.len()
+                && vips.len() == compiled.desired.vips.len();
             prop_assert!(complete || !allocation.skipped.is_empty());
             prop_assert!(allocation.skipped.iter().all(|s| s.remedy.contains("limits.")));
             // What is wanted unchanged answers at least as before.
@@ -545,10 +549,109 @@ fn tables_shrink_together_when_the_map_is_small() {
         let limits = Limits { maglev_entries, ..Limits::default() };
         let (tables, names) = (Tables::default(), Names::default());
         let out = Allocator::new(limits).allocate(&compiled.desired, &tables, &names, 0);
-        assert_eq!(out.tables.frontends.len(), 50);
+        assert_eq!(service_frontends(&out.tables), 50);
         out.tables.extents.values().map(|e| e.len()).collect()
     };
     assert_eq!(sizes(60_000), BTreeSet::from([809]));
     assert_eq!(sizes(20_000), BTreeSet::from([241]));
     assert_eq!(sizes(2_000), BTreeSet::from([29]));
+}
+
+/// Frontends that are no bare address.
+fn service_frontends(tables: &Tables) -> usize {
+    tables.frontends.keys().filter(|key| !key.is_address()).count()
+}
+
+/// Services that share one external IP, none of them with endpoints.
+fn sharing(names: std::ops::Range<u8>) -> Desired {
+    let services = names.map(|name| SmallService {
+        name,
+        vip: name,
+        external_ip: Some(1),
+        node_port: Some(name),
+        internal_local: false,
+        external_local: false,
+        endpoints: Vec::new(),
+    });
+    let world = World {
+        services: services.collect(),
+        peers: [false; 4],
+        next_hops: [None; 3],
+        pods: [false; 3],
+        mac: 0,
+    };
+    let mut snapshot = world.snapshot();
+    for (number, service) in (80..).zip(snapshot.services.values_mut()) {
+        Arc::make_mut(service).ports[0].port = port(number);
+    }
+    compile(&snapshot, &world.node()).desired
+}
+
+fn vips(tables: &Tables) -> Vec<String> {
+    let vips = tables.frontends.keys().filter(|key| key.is_address());
+    vips.map(|key| key.addr.to_string()).collect()
+}
+
+/// The address as such is there once, comes last, and goes first and with its last Service.
+#[test]
+fn shared_address_is_entered_once_and_goes_with_its_last_service() {
+    let mut allocator = Allocator::new(Limits::default());
+    let (mut tables, mut names) = (Tables::default(), Names::default());
+    let mut counts = Vec::new();
+    for (generation, present) in (0u64..).zip([0..2u8, 0..1, 0..2, 0..0]) {
+        let desired = sharing(present.clone());
+        let next = allocator.allocate(&desired, &tables, &names, generation);
+        let ops = delta(&tables, &next.tables).ops;
+        for kind in [false, true] {
+            let of_address =
+                |op: &&MapOp| matches!(op, MapOp::Frontend { key, .. } if key.is_address());
+            let (of, deletes): (Vec<bool>, Vec<bool>) = ops
+                .iter()
+                .filter(|op| matches!(op, MapOp::Frontend { .. }))
+                .map(|op| (of_address(&op), op.is_delete()))
+                .filter(|(_, delete)| *delete == kind)
+                .unzip();
+            let turns = of.windows(2).filter(|pair| pair[0] != pair[1]).count();
+            assert!(turns <= 1, "{ops:?}");
+            if turns == 1 {
+                assert_eq!(of[0], deletes[0], "{ops:?}");
+            }
+        }
+        (tables, names) = (next.tables, next.names);
+        let shared = vips(&tables).iter().filter(|addr| addr.starts_with("203.0.")).count();
+        counts.push((shared, vips(&tables).len()));
+        assert_eq!(tables.dangling(), Vec::<String>::new());
+    }
+    assert_eq!(counts, [(1, 3), (1, 2), (1, 3), (0, 0)]);
+}
+
+/// Where the table is full, the addresses make room for Services; where a Service of an address is
+/// left out, the address is not said to be known.
+#[test]
+fn bare_addresses_never_keep_a_service_out() {
+    let all = sharing(0..3);
+    let services = all.frontends.len() as u32;
+    let mut allocator = Allocator::new(Limits { frontends: services, ..Limits::default() });
+    let few = sharing(0..2);
+    let first = allocator.allocate(&few, &Tables::default(), &Names::default(), 0);
+    assert!(!vips(&first.tables).is_empty());
+    // Old and new have no room at once: the addresses go first.
+    let second = allocator.allocate(&all, &first.tables, &first.names, 1);
+    assert_eq!(vips(&second.tables), Vec::<String>::new());
+    assert!(!second.skipped.is_empty());
+    let third = allocator.allocate(&all, &second.tables, &second.names, 2);
+    assert_eq!(service_frontends(&third.tables), services as usize);
+    let texts: Vec<String> = third.skipped.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        texts,
+        [format!(
+            "4 Service addresses: the table is full ({services} entries) (raise limits.frontends in \
+         the configuration)"
+        )]
+    );
+    // A Service without a place: its address is not said to be known.
+    let limits = Limits { services: 3, ..Limits::default() };
+    let out = Allocator::new(limits).allocate(&all, &Tables::default(), &Names::default(), 0);
+    assert_eq!(vips(&out.tables).len(), 2);
+    assert!(!vips(&out.tables).iter().any(|addr| addr.starts_with("203.0.")));
 }

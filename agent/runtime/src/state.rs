@@ -98,7 +98,9 @@ pub struct State {
     stack_delivery: BTreeMap<String, String>,
     notes: Vec<String>,
     skipped: Vec<Skipped>,
+    /// What found no room, and since when: room comes when what went has rested.
     unfit: Vec<Skipped>,
+    allocated: Instant,
     reported: BTreeSet<String>,
     written: Option<Status>,
 }
@@ -163,6 +165,7 @@ impl State {
             notes: Vec::new(),
             skipped: Vec::new(),
             unfit: Vec::new(),
+            allocated: Instant::now(),
             reported: BTreeSet::new(),
             written: None,
             config,
@@ -298,6 +301,9 @@ impl State {
             .count();
         self.notes = facts.notes.clone();
         self.stack_delivery = facts.stack_reasons.clone();
+        if !self.unfit.is_empty() && self.allocated.elapsed() > UNFIT_AGAIN {
+            self.desired = None;
+        }
         let input = (snapshot.clone(), facts.context.clone());
         if self.input.as_ref().is_some_and(|(s, c)| Arc::ptr_eq(s, &input.0) && *c == input.1)
             && self.desired.is_some()
@@ -337,6 +343,7 @@ impl State {
             }
         }
         let seconds = self.started.elapsed().as_secs();
+        self.allocated = Instant::now();
         let allocation = self.allocator.allocate(&compiled.desired, actual, &self.names, seconds);
         let delta = delta(actual, &allocation.tables);
         if !delta.ops.is_empty() {
@@ -601,7 +608,7 @@ impl State {
             stack_delivery: self.stack_delivery.clone(),
             tables: TableSizes {
                 services: self.names.services.len(),
-                frontends: size(|t| t.frontends.len()),
+                frontends: size(|t| t.frontends.keys().filter(|key| !key.is_address()).count()),
                 backends: size(|t| t.backends.len()),
                 pods: size(|t| t.pods.len()),
                 vteps: size(|t| t.vteps.len()),
@@ -618,12 +625,16 @@ impl State {
 
 /// A freed id rests this long: flow records and packets in flight may still carry it.
 const QUARANTINE_SECONDS: u64 = 30;
+/// What found no room is tried again after this time.
+const UNFIT_AGAIN: Duration = Duration::from_secs(QUARANTINE_SECONDS + 1);
 
 /// Services whose backends the operations may change, as the tables have them.
 fn service_backends(tables: &Tables, ops: &[MapOp]) -> BTreeMap<u32, ()> {
     let mut services = BTreeMap::new();
     for op in ops {
-        if let MapOp::Frontend { key, value } = op {
+        if let MapOp::Frontend { key, value } = op
+            && !key.is_address()
+        {
             services.extend(tables.frontends.get(key).map(|f| (f.service, ())));
             services.extend(value.as_ref().map(|f| (f.service, ())));
         }

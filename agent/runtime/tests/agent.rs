@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use node::{Node, in_namespace, sh};
 use serde_json::Value;
+use sluice::maps::Pins;
+use sluice_abi::Frontend;
 
 const OBJECTS: &str = "\
 apiVersion: v1
@@ -146,6 +148,18 @@ fn names(services: &Value) -> Vec<String> {
     list.iter().map(|s| s["service"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
+/// Addresses that the map says are Services' alone.
+fn vips(node: &Node) -> Vec<String> {
+    let frontends = Pins::new(&node.pin_dir).frontends().unwrap().entries().unwrap();
+    let mut vips: Vec<String> = frontends
+        .iter()
+        .filter(|(key, frontend)| key.is_address() && *frontend == Frontend::ADDRESS)
+        .map(|(key, _)| key.addr.to_string())
+        .collect();
+    vips.sort();
+    vips
+}
+
 #[test]
 fn agent_programs_follows_changes_and_survives_kill() {
     in_namespace(|node| {
@@ -160,11 +174,15 @@ fn agent_programs_follows_changes_and_survives_kill() {
         let vteps = instance.json("vteps");
         assert_eq!(vteps["vteps"][0]["next_hop"]["dst_mac"], "02:00:00:00:00:02", "{vteps:#}");
 
-        // Changes are followed in both directions.
+        // Changes are followed in both directions; the addresses as such are there, but no Services.
+        assert_eq!(vips(node), ["10.96.0.10"]);
         instance.write("pay.yaml", &service("pay", "10.96.0.11"));
         instance.until("services", |s| names(s).len() == 2);
+        instance.until("status", |s| s["tables"]["frontends"] == 2);
+        assert_eq!(vips(node), ["10.96.0.10", "10.96.0.11"]);
         std::fs::remove_file(instance.dir.path().join("objects/pay.yaml")).unwrap();
         instance.until("services", |s| names(s) == ["shop/cart:http"]);
+        assert_eq!(vips(node), ["10.96.0.10"]);
 
         // A next hop's new MAC reaches the table.
         sh("ip neigh replace 192.168.9.2 lladdr 02:00:00:00:00:22 dev up0 nud permanent");

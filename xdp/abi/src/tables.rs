@@ -3,7 +3,8 @@
 use crate::{Addr, Be16, Be32, Mac};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
 
-/// Key of `sl_frontend_v1`: where a Service is reached. 20 bytes.
+/// Key of `sl_frontend_v1`: where a Service is reached, or ([`FrontendKey::address`]) an address that
+/// is Services' alone. 20 bytes.
 #[derive(
     Clone,
     Copy,
@@ -23,12 +24,27 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
 pub struct FrontendKey {
     /// ClusterIP, LoadBalancer IP, external IP, or a node address (NodePort).
     pub addr: Addr,
-    /// Service port or node port.
+    /// Service port or node port; 0 for the address as such.
     pub port: Be16,
-    /// IP protocol number.
+    /// IP protocol number; 0 for the address as such.
     pub proto: u8,
     /// Zero.
     pub reserved: u8,
+}
+
+impl FrontendKey {
+    /// The key under which `addr` is known as an address that is Services' alone
+    /// ([`Frontend::ADDRESS`]). No packet of TCP or UDP has it.
+    #[inline(always)]
+    pub const fn address(addr: Addr) -> Self {
+        Self { addr, port: Be16::new(0), proto: 0, reserved: 0 }
+    }
+
+    /// Whether the key stands for an address as such, not for a Service.
+    #[inline(always)]
+    pub const fn is_address(&self) -> bool {
+        self.proto == 0
+    }
 }
 
 /// A run of `sl_maglev_v1`. `size` is prime (Maglev, NSDI 2016, section 3.4), 1 for one backend,
@@ -59,6 +75,9 @@ pub mod frontend_flags {
     pub const EXTERNAL_LOCAL: u32 = 1 << 4;
     /// The same for clients inside the cluster (internalTrafficPolicy).
     pub const INTERNAL_LOCAL: u32 = 1 << 5;
+    /// No Service, but an address that is Services' alone: no node has it, and nothing on it is
+    /// left to the kernel. Ports without a Service may be rejected, an echo request answered.
+    pub const ADDRESS: u32 = 1 << 6;
 }
 
 /// Value of `sl_frontend_v1`, 40 bytes.
@@ -67,7 +86,8 @@ pub mod frontend_flags {
 )]
 #[repr(C)]
 pub struct Frontend {
-    /// Service id: one per Service port, index of the Service's counters. Never 0.
+    /// Service id: one per Service port, index of the Service's counters. 0 only in
+    /// [`Frontend::ADDRESS`].
     pub service: u32,
     /// [`frontend_flags`].
     pub flags: u32,
@@ -81,6 +101,19 @@ pub struct Frontend {
     pub reserved: u32,
     /// Zero; room for growth.
     pub reserved2: u64,
+}
+
+impl Frontend {
+    /// The value under a key of [`FrontendKey::address`].
+    pub const ADDRESS: Self = Self {
+        service: 0,
+        flags: frontend_flags::ADDRESS,
+        external: Extent { offset: 0, size: 0 },
+        internal: Extent { offset: 0, size: 0 },
+        affinity_seconds: 0,
+        reserved: 0,
+        reserved2: 0,
+    };
 }
 
 /// How packets reach a backend or a pod.

@@ -352,7 +352,7 @@ fn full(what: String, key: &str, limit: u32) -> Skipped {
 }
 
 fn service_ids(tables: &Tables) -> BTreeSet<u32> {
-    tables.frontends.values().map(|f| f.service).collect()
+    tables.frontends.values().map(|f| f.service).filter(|id| *id != 0).collect()
 }
 
 fn next_hop(facts: &NextHopFacts) -> NextHop {

@@ -72,6 +72,8 @@ struct Work<'a> {
     owners: BTreeMap<u32, SetKey>,
     /// Frontends that can be added.
     frontend_room: usize,
+    /// A Service is left out because there is no room for its frontends.
+    frontends_full: bool,
     /// Entries of consistent-hash tables per backend.
     per_backend: u32,
 }
@@ -128,6 +130,7 @@ pub(super) fn allocate(
         owners: BTreeMap::new(),
         // Deletions come after additions, so what goes still takes its room.
         frontend_room: (limits.frontends as usize).saturating_sub(actual.frontends.len()),
+        frontends_full: false,
     };
     let (old, new): (Vec<_>, Vec<_>) =
         candidates.values().partition(|c| known.contains_key(c.name));
@@ -148,6 +151,7 @@ pub(super) fn allocate(
             Err(problem) => out.skipped.push(*problem),
         }
     }
+    work.vips(&limits, out);
     allocator.tables = cache;
 }
 
@@ -238,6 +242,7 @@ impl Work<'_> {
         let new_frontends = candidate.frontends.iter().filter(|(key, _)| added(key)).count();
         let fits = new_frontends <= self.frontend_room;
         if !fits {
+            self.frontends_full = true;
             let problem = full(title(), "frontends", limits.frontends);
             if is_new {
                 return Err(Box::new(problem));
@@ -315,6 +320,35 @@ impl Work<'_> {
             out.tables.extents.insert(offset, entries);
         }
         Ok(())
+    }
+
+    /// Enters the addresses that are Services' alone: those all of whose Services are entered. They
+    /// make room for Services, at the latest for the next attempt.
+    fn vips(&mut self, limits: &super::Limits, out: &mut Allocation) {
+        let entered = &mut out.tables.frontends;
+        let mut vips = self.desired.vips.clone();
+        for tuple in self.desired.frontends.keys() {
+            if !entered.contains_key(&frontend_key(tuple)) {
+                vips.remove(&tuple.addr);
+            }
+        }
+        let mut keys: Vec<_> =
+            vips.into_iter().map(|addr| FrontendKey::address(addr.into())).collect();
+        keys.sort_by_key(|key| !self.actual.frontends.contains_key(key));
+        let mut left_out = 0;
+        for key in keys {
+            let there = self.actual.frontends.contains_key(&key);
+            if self.frontends_full || !there && self.frontend_room == 0 {
+                left_out += 1;
+                continue;
+            }
+            self.frontend_room -= usize::from(!there);
+            entered.insert(key, Frontend::ADDRESS);
+        }
+        if left_out > 0 {
+            let what = format!("{left_out} Service addresses");
+            out.skipped.push(full(what, "frontends", limits.frontends));
+        }
     }
 
     /// How many backends of a Service have no id yet.

@@ -169,6 +169,31 @@ fn wish<'a>(
     }
 }
 
+/// Addresses of all nodes, ours too.
+fn node_addresses(snapshot: &Snapshot, node: &NodeContext, desired: &Desired) -> BTreeSet<IpAddr> {
+    let own = node.addresses.iter().chain(&node.node_port_addresses);
+    let nodes = snapshot.nodes.values().flat_map(|node| &node.addresses);
+    let sources = desired.vtep_sources.keys().map(|source| source.source);
+    own.chain(nodes).copied().chain(sources).collect()
+}
+
+/// Addresses of the frontends that are Services' alone. What is left to somebody else on an address,
+/// if only one port of it, must reach him: then the address is nobody's alone.
+pub(super) fn vips(snapshot: &Snapshot, node: &NodeContext, desired: &Desired) -> BTreeSet<IpAddr> {
+    let mut shared = node_addresses(snapshot, node, desired);
+    shared.extend(node.api_servers.iter().map(SocketAddr::ip));
+    for service in snapshot.services.values() {
+        shared.extend(&service.uncaptured_ips);
+        if service.opt_out || node.opt_out.contains(&service.name) {
+            shared.extend(&service.cluster_ips);
+            shared.extend(&service.external_ips);
+            shared.extend(&service.load_balancer_ips);
+        }
+    }
+    let addresses = desired.frontends.keys().map(|tuple| tuple.addr);
+    addresses.filter(|addr| !shared.contains(addr)).collect()
+}
+
 /// What no Service may capture.
 struct Guard<'a> {
     node: &'a NodeContext,
@@ -186,10 +211,7 @@ impl<'a> Guard<'a> {
         desired: &Desired,
         cidrs: &'a CidrTable,
     ) -> Self {
-        let mut node_addresses: BTreeSet<IpAddr> =
-            node.addresses.union(&node.node_port_addresses).copied().collect();
-        node_addresses.extend(snapshot.nodes.values().flat_map(|node| &node.addresses));
-        node_addresses.extend(desired.vtep_sources.keys().map(|source| source.source));
+        let node_addresses = node_addresses(snapshot, node, desired);
         let mut cluster_ips = BTreeMap::new();
         for service in snapshot.services.values() {
             for ip in &service.cluster_ips {

@@ -119,6 +119,9 @@ pub struct VtepSource {
 pub struct Desired {
     /// Frontends.
     pub frontends: BTreeMap<Tuple, DesiredFrontend>,
+    /// Addresses of frontends that are Services' alone: no node has them, nothing on them is left to
+    /// others.
+    pub vips: BTreeSet<IpAddr>,
     /// Backends of each set, sorted; never empty.
     pub sets: BTreeMap<SetKey, Vec<Tuple>>,
     /// Backends.
@@ -219,6 +222,7 @@ impl<'a> Compiler<'a> {
                     .within(&service.origin),
             );
         }
+        compiler.desired.vips = frontends::vips(snapshot, node, &compiler.desired);
         compiler.drop_unused();
         skipped.extend(compiler.unreachable.into_values());
         skipped.sort();

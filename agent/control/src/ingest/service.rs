@@ -102,6 +102,8 @@ pub fn service(
     let external_local =
         local("spec.externalTrafficPolicy", spec.external_traffic_policy.as_ref(), skipped);
 
+    let (load_balancer_ips, uncaptured_ips) = load_balancer_ips(&subject, object, skipped);
+
     Some(Service {
         origin: origin.clone(),
         created: meta.creation_timestamp.as_ref().map(|time| time.0.as_second()),
@@ -119,7 +121,8 @@ pub fn service(
             spec.external_ips.iter().flatten().map(String::as_str),
             skipped,
         ),
-        load_balancer_ips: load_balancer_ips(&subject, object, skipped),
+        load_balancer_ips,
+        uncaptured_ips,
         ports: ports(&subject, spec, skipped),
         name,
     })
@@ -155,13 +158,13 @@ fn affinity_seconds(
     }
 }
 
-/// Ingress IPs that are to be translated. An entry with ipMode Proxy is the load balancer's own
-/// (KEP-1860), one with a hostname only has no address.
+/// Ingress IPs that are to be translated, and those that are not: an entry with ipMode Proxy is the
+/// load balancer's own (KEP-1860), one with a hostname only has no address.
 fn load_balancer_ips(
     subject: &Subject<'_>,
     object: &core::Service,
     skipped: &mut Vec<Skipped>,
-) -> Vec<std::net::IpAddr> {
+) -> (Vec<std::net::IpAddr>, Vec<std::net::IpAddr>) {
     let is_load_balancer =
         object.spec.as_ref().and_then(|s| s.type_.as_deref()) == Some("LoadBalancer");
     let ingress = object
@@ -178,6 +181,7 @@ fn load_balancer_ips(
             .is_some_and(|all| all.contains_key(SOURCE_RANGES_ANNOTATION))
             .then(|| format!("metadata.annotations[{SOURCE_RANGES_ANNOTATION}]"))
     };
+    let filtered = field.is_some() && is_load_balancer;
     if let Some(field) = field
         && is_load_balancer
     {
@@ -187,23 +191,26 @@ fn load_balancer_ips(
                 .notice(field, "LoadBalancer IPs are left to the kernel, which filters sources")
                 .remedy("its other addresses are translated"),
         );
-        return Vec::new();
     }
-    let mut ips = Vec::new();
+    let (mut ips, mut uncaptured) = (Vec::new(), Vec::new());
     for (i, entry) in ingress.into_iter().flatten().enumerate() {
         let Some(text) = entry.ip.as_deref().filter(|ip| !ip.is_empty()) else {
             continue;
         };
         let field = format!("status.loadBalancer.ingress[{i}].ip");
-        if !is_load_balancer || entry.ip_mode.as_deref() == Some("Proxy") {
-            skipped.push(subject.notice(field, "not captured: type or ipMode says so"));
+        let foreign = !is_load_balancer || entry.ip_mode.as_deref() == Some("Proxy");
+        if filtered || foreign {
+            uncaptured.extend(text.parse::<std::net::IpAddr>());
+            if !filtered {
+                skipped.push(subject.notice(field, "not captured: type or ipMode says so"));
+            }
         } else if let Some(ip) = subject.address(&field, text, skipped)
             && !ips.contains(&ip)
         {
             ips.push(ip);
         }
     }
-    ips
+    (ips, uncaptured)
 }
 
 fn ports(

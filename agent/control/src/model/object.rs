@@ -187,6 +187,8 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// LoadBalancer ingress IPs with ipMode VIP.
     pub load_balancer_ips: Vec<IpAddr>,
+    /// LoadBalancer ingress IPs that are left to the kernel or to the load balancer itself.
+    pub uncaptured_ips: Vec<IpAddr>,
     /// Ports, in the order of the manifest.
     pub ports: Vec<ServicePort>,
 }

@@ -179,6 +179,7 @@ pub(super) fn services(show: &Show) -> Result<(), CliError> {
     let backends: BTreeMap<u32, Backend> = pins.backends()?.used()?.into_iter().collect();
     let mut members: BTreeMap<(u32, u32), BTreeSet<u32>> = BTreeMap::new();
     let mut rows = pins.frontends()?.entries()?;
+    rows.retain(|(key, _)| !key.is_address());
     rows.sort_by_key(|(key, f)| (service_name(&names, f.service), kinds(f.flags), *key));
     let mut of = |extent: Extent| -> Vec<String> {
         members
