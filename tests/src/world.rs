@@ -200,7 +200,7 @@ pub const VNI_V4: u32 = 1;
 pub const VNI_V6: u32 = 0x00a1_b2c3;
 /// VNI of the tunnel over IPv4 that has no vxlan device.
 pub const VNI_BARE: u32 = 77;
-/// MTU of every way out.
+/// MTU of every way out, and of the pods' veths.
 pub const MTU: u32 = 1500;
 
 /// VTEP of the peer over IPv4.
@@ -587,14 +587,16 @@ fn pods() -> BTreeMap<Addr, Pod> {
         delivery: Delivery::Redirect as u16,
         pod_mac: mac::POD_REDIRECT,
         host_mac: mac::HOST_REDIRECT,
-        reserved: [0; 6],
+        reserved: [0; 2],
+        mtu: MTU,
     };
     let stack = Pod {
         ifindex: dev::POD_STACK,
         delivery: Delivery::Stack as u16,
         pod_mac: mac::POD_STACK,
         host_mac: mac::HOST_STACK,
-        reserved: [0; 6],
+        reserved: [0; 2],
+        mtu: MTU,
     };
     FAMILIES
         .into_iter()

@@ -60,7 +60,7 @@ layouts! {
     }
     FrontendKey { addr, port, proto, reserved }
     NextHop { ifindex, mtu, dst_mac, src_mac, reserved }
-    Pod { ifindex, delivery, pod_mac, host_mac, reserved }
+    Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
     Scratch { draft, best, ask, reserved }

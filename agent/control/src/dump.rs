@@ -86,6 +86,8 @@ pub struct PodDump {
     pub pod_mac: String,
     /// The host side's MAC.
     pub host_mac: String,
+    /// Largest IP packet in bytes, 0 if not known.
+    pub mtu: u32,
 }
 
 /// An own tunnel.
@@ -180,6 +182,7 @@ pub fn dump(tables: &Tables, names: &Names) -> Dump {
                 },
                 pod_mac: pod.pod_mac.to_string(),
                 host_mac: pod.host_mac.to_string(),
+                mtu: pod.mtu,
             },
         );
     }

@@ -208,6 +208,7 @@ impl World {
                         redirect: i == 0,
                         pod_mac: mac(200 + i),
                         host_mac: mac(210 + i),
+                        mtu: 1450,
                     },
                 );
             }

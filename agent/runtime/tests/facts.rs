@@ -142,7 +142,7 @@ fn redirect_needs_gro_or_xdp_at_the_pods_end() {
         let mut look = || PodEnds::default().inspect(&mut netlink, &[host, here]);
         let ends = look();
         match &ends[&host.ifindex] {
-            PodEnd::Deaf { mac, reason } => {
+            PodEnd::Deaf { mac, reason, .. } => {
                 assert_eq!(mac.to_string(), "02:00:00:00:00:07");
                 assert!(reason.contains("gro on"), "{reason}");
             }
@@ -151,6 +151,28 @@ fn redirect_needs_gro_or_xdp_at_the_pods_end() {
         assert!(matches!(ends[&here.ifindex], PodEnd::Unknown(_)), "no pod behind it");
         pod.sh("ethtool -K eth0 gro on");
         assert!(matches!(look()[&host.ifindex], PodEnd::Receives { .. }));
+    });
+}
+
+/// veth takes no redirected frame that is larger than the MTU of the other end (drivers/net/veth.c).
+#[test]
+fn pods_mtu_is_the_smaller_one_of_both_ends() {
+    in_namespace(|_| {
+        let pod = Pod::new();
+        sh(&format!(
+            "ip link add host0 type veth peer name eth0 netns {}; ip link set host0 up
+             ip route add 10.244.1.7 dev host0",
+            pod.0.id()
+        ));
+        pod.sh("ip link set eth0 up");
+        let config = config("[datapath]\nuplinks = ['up*']");
+        let address: IpAddr = "10.244.1.7".parse().unwrap();
+        for (host, end, expected) in [(1500, 1400, 1400), (1300, 1400, 1300), (1500, 1500, 1500)] {
+            sh(&format!("ip link set host0 mtu {host}"));
+            pod.sh(&format!("ip link set eth0 mtu {end}"));
+            let facts = Collector::new().unwrap().read(&config, &Snapshot::default()).unwrap();
+            assert_eq!(facts.context.pods[&address].mtu, expected, "{host} and {end}");
+        }
     });
 }
 

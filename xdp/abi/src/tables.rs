@@ -178,7 +178,9 @@ pub struct Pod {
     /// The host side's MAC: source of redirected frames.
     pub host_mac: Mac,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 2],
+    /// Largest IP packet in bytes that both ends of the pod's veth take; 0 if that is not known.
+    pub mtu: u32,
 }
 
 /// A pod CIDR as a masked compare: `source & mask == net`. 32 bytes. A mask of zero in an unused

@@ -370,6 +370,7 @@ fn pod(facts: &PodFacts) -> Pod {
         delivery: facts.delivery() as u16,
         pod_mac: facts.pod_mac,
         host_mac: facts.host_mac,
+        mtu: facts.mtu,
         ..Pod::default()
     }
 }

@@ -101,6 +101,9 @@ pub struct PodFacts {
     /// The host side's MAC.
     #[serde(with = "mac_text")]
     pub host_mac: Mac,
+    /// Largest IP packet in bytes that both ends take; 0 if that is not known.
+    #[serde(default)]
+    pub mtu: u32,
 }
 
 impl PodFacts {

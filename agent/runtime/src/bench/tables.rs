@@ -254,7 +254,8 @@ impl Tables {
                         delivery: Delivery::Redirect as u16,
                         pod_mac: mac(100),
                         host_mac: mac(101),
-                        reserved: [0; 6],
+                        reserved: [0; 2],
+                        mtu: MTU,
                     },
                 ));
             }

@@ -109,10 +109,11 @@ impl Collector {
                 }
                 (DeliveryChoice::Redirect, Some(PodEnd::Receives { .. })) => None,
             };
-            let mac = ends.get(&link.ifindex).and_then(PodEnd::mac);
+            let seen = ends.get(&link.ifindex).and_then(PodEnd::seen);
             for pod in facts.context.pods.values_mut().filter(|p| p.ifindex == link.ifindex) {
-                if let Some(mac) = mac {
+                if let Some((mac, mtu)) = seen {
                     pod.pod_mac = mac;
+                    pod.mtu = pod.mtu.min(mtu);
                 }
                 pod.redirect = refusal.is_none() && !pod.pod_mac.is_zero();
             }
@@ -403,6 +404,7 @@ fn pods(
                 redirect: false,
                 pod_mac: known.map(|(mac, _)| mac).unwrap_or_default(),
                 host_mac: link.mac,
+                mtu: link.mtu,
             },
         );
     }
@@ -418,6 +420,7 @@ fn pods(
             redirect: false,
             pod_mac: neighbour.mac,
             host_mac: link.mac,
+            mtu: link.mtu,
         });
     }
 }

@@ -30,11 +30,15 @@ pub enum PodEnd {
     Receives {
         /// Its MAC.
         mac: Mac,
+        /// Its MTU.
+        mtu: u32,
     },
     /// It loses them.
     Deaf {
         /// Its MAC.
         mac: Mac,
+        /// Its MTU.
+        mtu: u32,
         /// Why, and what would change it.
         reason: String,
     },
@@ -43,10 +47,10 @@ pub enum PodEnd {
 }
 
 impl PodEnd {
-    /// The pod's MAC, where it was seen.
-    pub fn mac(&self) -> Option<Mac> {
+    /// The pod's MAC and MTU, where it was seen.
+    pub fn seen(&self) -> Option<(Mac, u32)> {
         match self {
-            PodEnd::Receives { mac } | PodEnd::Deaf { mac, .. } => Some(*mac),
+            PodEnd::Receives { mac, mtu } | PodEnd::Deaf { mac, mtu, .. } => Some((*mac, *mtu)),
             PodEnd::Unknown(_) => None,
         }
     }
@@ -185,14 +189,15 @@ fn look(namespace: &File, wanted: BTreeSet<u32>) -> Result<BTreeMap<u32, PodEnd>
 }
 
 fn judge(end: &Link) -> PodEnd {
-    let mac = end.mac;
+    let (mac, mtu) = (end.mac, end.mtu);
     if end.xdp.iter().any(|(_, mode)| *mode == "native") {
-        return PodEnd::Receives { mac };
+        return PodEnd::Receives { mac, mtu };
     }
     match gro(&end.name) {
-        Ok(true) => PodEnd::Receives { mac },
+        Ok(true) => PodEnd::Receives { mac, mtu },
         Ok(false) => PodEnd::Deaf {
             mac,
+            mtu,
             reason: format!(
                 "the pod's end {} has neither GRO nor a native XDP program, so it would lose \
                  redirected frames (ethtool -K {} gro on, in the pod's namespace)",
