@@ -12,9 +12,9 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use sluice_abi::{
-    Addr, Backend, Be16, Be32, Delivery, Extent, Family, Frontend, FrontendKey, IPPROTO_TCP,
-    IPPROTO_UDP, Mac, NextHop, Pod, PodNet, Route, Seeds, Settings, Timeouts, Tunnel, Vtep,
-    VtepKey, frontend_flags, settings_flags,
+    Addr, Answers, Backend, Be16, Be32, Delivery, Extent, Family, Frontend, FrontendKey,
+    IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod, PodNet, Route, Seeds, Settings, Timeouts, Tunnel,
+    Vtep, VtepKey, frontend_flags, settings_flags,
 };
 
 /// Both families.
@@ -564,7 +564,7 @@ fn settings() -> Settings {
     fail_safe[0] = Be16::new(FAIL_SAFE_PORT);
     fail_safe[1] = Be16::new(6443);
     Settings {
-        flags: 0,
+        flags: settings_flags::ANSWERS,
         epoch: 1,
         seeds: Seeds { flow: 0x5eed_f10e_0123_4567, cluster: 0x5eed_c105_89ab_cdef },
         timeouts: TIMEOUTS,
@@ -572,12 +572,13 @@ fn settings() -> Settings {
         snat_first_port: size::SNAT_FIRST,
         snat_last_port: size::SNAT_LAST,
         flow_set_mask: size::FLOW_SETS - 1,
-        reserved: 0,
+        ticks_per_second: 250,
         node_v4: ip::node(Family::V4),
         node_v6: ip::node(Family::V6),
         fail_safe_tcp: fail_safe,
         fail_safe_udp: fail_safe,
-        reserved2: [0; 2],
+        answers: Answers { source_rate: 10, source_burst: 20, cpu_rate: 1000, cpu_burst: 1000 },
+        reserved2: 0,
     }
 }
 

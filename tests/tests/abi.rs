@@ -8,9 +8,9 @@ use std::mem::offset_of;
 
 use object::{Object, ObjectSection};
 use sluice_abi::{
-    Addr, Ask, Backend, BackendCounter, Be16, Be32, Exit, Extent, FlowRecord, FlowSet, Frontend,
-    FrontendKey, Hook, Mac, NextHop, Pod, PodNet, ReasonCounter, Scratch, Seeds, ServiceCounter,
-    Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Addr, Answers, Ask, Backend, BackendCounter, Be16, Be32, Exit, Extent, FlowRecord, FlowSet,
+    Frontend, FrontendKey, Hook, Mac, NextHop, Pod, PodNet, ReasonCounter, Scratch, Seeds,
+    ServiceCounter, Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -44,6 +44,7 @@ macro_rules! layouts {
 }
 
 layouts! {
+    Answers { source_rate, source_burst, cpu_rate, cpu_burst }
     Ask { renew, tcp_flags, in_cluster, snat, reserved }
     Backend { addr, port, route, index, proto, reserved }
     BackendCounter { forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows }
@@ -70,7 +71,7 @@ layouts! {
     }
     Settings {
         flags, epoch, seeds, timeouts, vxlan_ports, snat_first_port, snat_last_port, flow_set_mask,
-        reserved, node_v4, node_v6, fail_safe_tcp, fail_safe_udp, reserved2
+        ticks_per_second, node_v4, node_v6, fail_safe_tcp, fail_safe_udp, answers, reserved2
     }
     SnatSlot { 0 }
     Timeouts {

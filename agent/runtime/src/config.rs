@@ -87,6 +87,8 @@ pub struct Config {
     pub datapath: Datapath,
     /// SNAT port range.
     pub snat: Snat,
+    /// Answers to packets that cannot go on.
+    pub answers: Answers,
     /// Ports of the node that are never captured.
     pub fail_safe: FailSafe,
     /// Map sizes.
@@ -230,6 +232,22 @@ pub struct Snat {
     pub first_port: u16,
     /// Last port, inclusive.
     pub last_port: u16,
+}
+
+/// `[answers]`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answers {
+    /// Whether answers are made.
+    pub enabled: bool,
+    /// Answers a second to one source address.
+    pub rate_per_source: u16,
+    /// Answers at once to one source address.
+    pub burst_per_source: u16,
+    /// Answers a second of one CPU.
+    pub rate_per_cpu: u16,
+    /// Answers at once of one CPU.
+    pub burst_per_cpu: u16,
 }
 
 /// `[fail_safe]`.
@@ -464,6 +482,21 @@ impl Config {
                 "write a range outside ip_local_port_range and the node ports, such as 16384 to 29999",
             );
         }
+        for (key, value) in [
+            ("answers.rate_per_source", self.answers.rate_per_source),
+            ("answers.burst_per_source", self.answers.burst_per_source),
+            ("answers.rate_per_cpu", self.answers.rate_per_cpu),
+            ("answers.burst_per_cpu", self.answers.burst_per_cpu),
+        ] {
+            if value == 0 {
+                return fail(
+                    key,
+                    "0".to_owned(),
+                    "nothing would ever be answered",
+                    "write answers.enabled = false if that is meant",
+                );
+            }
+        }
         for (key, ports) in
             [("fail_safe.tcp", &self.fail_safe.tcp), ("fail_safe.udp", &self.fail_safe.udp)]
         {
@@ -694,6 +727,8 @@ mod tests {
             ("[datapath]\nmode = 'fast'", ["fast", "native"]),
             ("[datapath]\nuplinks = ['[']", ["[", "shell"]),
             ("[snat]\nfirst_port = 40000\nlast_port = 300", ["40000", "16384"]),
+            ("[answers]\nrate_per_cpu = 0", ["answers.rate_per_cpu = 0", "enabled = false"]),
+            ("[answers]\nburst_per_cpu = 70000", ["burst_per_cpu = 70000", "u16"]),
             ("[fail_safe]\ntcp = [0]", ["fail_safe.tcp", "remove"]),
             ("[log]\nlevel = 'sluice=loud'", ["sluice=loud", "debug"]),
             ("[maglev]\nmax_table = 1", ["maglev.max_table", "100 times"]),

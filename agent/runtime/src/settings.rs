@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sluice_abi::{Addr, Be16, Seeds, Settings, Timeouts, settings_flags};
+use sluice_abi::{Addr, Answers, Be16, Seeds, Settings, Timeouts, settings_flags};
 use sluice_control::NodeContext;
 
 use crate::config::{Behaviour, Config};
@@ -51,7 +51,8 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
         | match config.datapath.behaviour {
             Behaviour::Accelerate => 0,
             Behaviour::Replace => settings_flags::REPLACE,
-        };
+        }
+        | if config.answers.enabled { settings_flags::ANSWERS } else { 0 };
     settings.epoch = settings.epoch.max(1);
     settings.seeds.cluster = config.cluster_seed;
     let ticks = |d: Duration| ticks(d, hz);
@@ -72,6 +73,13 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
     settings.vxlan_ports = [Be16::new(first), Be16::new(ports.get(1).copied().unwrap_or(first))];
     settings.snat_first_port = config.snat.first_port;
     settings.snat_last_port = config.snat.last_port;
+    settings.ticks_per_second = hz;
+    settings.answers = Answers {
+        source_rate: config.answers.rate_per_source,
+        source_burst: config.answers.burst_per_source,
+        cpu_rate: config.answers.rate_per_cpu,
+        cpu_burst: config.answers.burst_per_cpu,
+    };
     settings.flow_set_mask = config.maps.flow_sets - 1;
     settings.fail_safe_tcp = eight(&config.fail_safe.tcp);
     settings.fail_safe_udp = eight(&config.fail_safe.udp);
@@ -123,11 +131,29 @@ mod tests {
         };
         seed(&mut settings).expect("random");
         fill(&mut settings, &Config::default(), &NodeContext::default(), 250);
-        assert_eq!(settings.flags, settings_flags::BYPASS);
+        assert_eq!(settings.flags, settings_flags::BYPASS | settings_flags::ANSWERS);
         assert_eq!(settings.epoch, 7);
         assert_eq!(settings.seeds.flow, 99);
         assert_eq!(settings.timeouts.tcp_syn, 60 * 250);
+        assert_eq!(settings.ticks_per_second, 250);
         assert_eq!(settings.flow_set_mask, 8191);
         assert_eq!(settings.fail_safe_tcp[0], Be16::new(22));
+    }
+
+    /// A bucket in 32 bits: the fullest one and one answer more.
+    #[test]
+    fn answers_are_set_and_switched_off() {
+        let mut config = Config::default();
+        config.answers.burst_per_cpu = u16::MAX;
+        let mut settings = Settings::default();
+        fill(&mut settings, &config, &NodeContext::default(), 1000);
+        let answers = settings.answers;
+        assert_eq!((answers.source_rate, answers.source_burst), (10, 20));
+        assert_eq!((answers.cpu_rate, answers.cpu_burst), (1000, u16::MAX));
+        let full = u32::from(answers.cpu_burst).checked_mul(settings.ticks_per_second);
+        assert!(full.and_then(|full| full.checked_add(settings.ticks_per_second)).is_some());
+        config.answers.enabled = false;
+        fill(&mut settings, &config, &NodeContext::default(), 1000);
+        assert_eq!(settings.flags & settings_flags::ANSWERS, 0);
     }
 }

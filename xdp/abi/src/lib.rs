@@ -35,7 +35,7 @@ pub use flow::{
     record_flags,
 };
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
-pub use settings::{MAX_TUNNELS, Seeds, Settings, Timeouts, settings_flags};
+pub use settings::{Answers, MAX_TUNNELS, Seeds, Settings, Timeouts, settings_flags};
 pub use tables::{
     Backend, Delivery, Extent, Frontend, FrontendKey, NextHop, Pod, PodNet, Route, Tunnel, Vtep,
     VtepKey, frontend_flags,

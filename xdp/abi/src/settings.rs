@@ -12,6 +12,29 @@ pub mod settings_flags {
     pub const BYPASS: u32 = 1 << 0;
     /// Mode `replace`: no kube-proxy beside us. Clear: mode `accelerate`.
     pub const REPLACE: u32 = 1 << 1;
+    /// Packets that cannot go on are answered, at the rates of [`Settings::answers`](super::Settings).
+    pub const ANSWERS: u32 = 1 << 2;
+}
+
+/// How many answers (ICMP errors, RST, echo replies) may be made: two token buckets, both of which
+/// must have room.
+///
+/// Counted in jiffies: a bucket gains `rate` tokens with each tick, holds at most
+/// `burst * Settings::ticks_per_second` and pays `Settings::ticks_per_second` for an answer. At 1000
+/// ticks a second no product exceeds 32 bits.
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Answers {
+    /// Answers a second to one source address.
+    pub source_rate: u16,
+    /// Answers at once to one source address.
+    pub source_burst: u16,
+    /// Answers a second of one CPU.
+    pub cpu_rate: u16,
+    /// Answers at once of one CPU.
+    pub cpu_burst: u16,
 }
 
 /// Flow timeouts in jiffies (the kernel's tick; the agent measures its length).
@@ -74,8 +97,8 @@ pub struct Settings {
     pub snat_last_port: u16,
     /// Mask of the flow set index: number of sets minus one.
     pub flow_set_mask: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Jiffies in a second.
+    pub ticks_per_second: u32,
     /// Own IPv4 address on plain routes: SNAT source towards backends outside the tunnels.
     pub node_v4: Addr,
     /// The same for IPv6.
@@ -84,6 +107,8 @@ pub struct Settings {
     pub fail_safe_tcp: [Be16; 8],
     /// UDP ports of this node that are never captured; unused places are zero.
     pub fail_safe_udp: [Be16; 8],
+    /// How many answers may be made.
+    pub answers: Answers,
     /// Zero; room for growth.
-    pub reserved2: [u64; 2],
+    pub reserved2: u64,
 }
