@@ -79,6 +79,8 @@ pub struct Host {
     /// End every connection when the clock is read for the so-and-so-manieth time within one
     /// frame: another CPU's doing, which cannot be timed in the kernel.
     pub end_flows_at_clock_read: Cell<Option<u32>>,
+    /// A set of the flow table that another CPU writes before the next lock is ours.
+    pub put_at_lock: Cell<Option<(u32, FlowSet)>>,
 }
 
 /// What became of one frame.
@@ -120,6 +122,7 @@ impl Host {
             locked: Cell::new(false),
             clock_reads: Cell::new(0),
             end_flows_at_clock_read: Cell::new(None),
+            put_at_lock: Cell::new(None),
         }
     }
 
@@ -252,6 +255,9 @@ impl Env for Host {
         (set < maps::FLOW_LOCKS).then_some(set)
     }
     fn lock(&self, _lock: Self::Lock) {
+        if let Some((index, set)) = self.put_at_lock.take() {
+            self.set_flow_set(index, set);
+        }
         self.unlocked().locked.set(true);
     }
     fn unlock(&self, _lock: Self::Lock) {

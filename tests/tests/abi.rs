@@ -64,7 +64,7 @@ layouts! {
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
-    Scratch { draft, best, ask, reserved }
+    Scratch { draft, best, ask, taken, reserved }
     Seeds { flow, cluster }
     ServiceCounter {
         forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows, dropped_packets

@@ -5,9 +5,10 @@
 use std::net::Ipv4Addr;
 
 use sluice_abi::{
-    Addr, Be16, Delivery, FLOW_WAYS, Family, FlowRecord, Hook, IPPROTO_TCP, IPPROTO_UDP, Reason,
-    SnatSlot, VerdictKind, flow_state, record_flags,
+    Addr, Be16, Delivery, FLOW_WAYS, Family, FlowRecord, FlowSet, Hook, IPPROTO_TCP, IPPROTO_UDP,
+    Reason, SnatSlot, VerdictKind, flow_state, flow_tag, record_flags,
 };
+use sluice_datapath::flow;
 use sluice_tests::fixtures::{
     CLIENT_PORT, from_peer, later, place, pod_request, request, snat_port, tunnel_service,
 };
@@ -176,7 +177,7 @@ fn live(runner: &dyn Runner) -> Vec<(u32, usize, FlowRecord)> {
     let sets = runner.flows().into_iter().zip(0u32..);
     sets.flat_map(|(set, index)| {
         (0..FLOW_WAYS)
-            .filter(move |&way| set.tags[way] != 0)
+            .filter(move |&way| flow_tag::is_used(set.tags[way]))
             .map(move |way| (index, way, set.records[way]))
     })
     .collect()
@@ -585,6 +586,95 @@ fn second_comer_gets_another_source_port_and_both_replies_arrive() {
                 }
             }
         }
+    });
+}
+
+/// The flow set in which another CPU has just begun `connection`.
+fn begun_elsewhere(world: &World, connection: &Connection) -> (u32, FlowSet) {
+    let mut other = Host::new(world);
+    connection.open(&mut other);
+    let (index, ..) = record_of(&other, connection);
+    (index, other.flow_sets()[index as usize])
+}
+
+#[test]
+fn source_port_is_chosen_where_no_other_cpu_can_take_it() {
+    let world = World::standard();
+    for family in FAMILIES {
+        for proto in PROTOCOLS {
+            let client = ip::client(family, 9);
+            let to = |service| Connection::new(family, proto, service, client, CLIENT_PORT);
+            let (first, second) = (to(Svc::LocalStackToo), to(Svc::LocalStack));
+            let mut host = Host::new(&world);
+            host.put_at_lock.set(Some(begun_elsewhere(&world, &first)));
+            let seen = second.open(&mut host);
+            assert_ne!(sluice_tests::packet::src_port(&seen), CLIENT_PORT);
+            let first_seen = first.open(&mut host);
+            assert_eq!(sluice_tests::packet::src_port(&first_seen), CLIENT_PORT);
+            assert_eq!(second.both_ways(&mut host, &seen), (Way::Works, Way::Works));
+            assert_eq!(first.both_ways(&mut host, &first_seen), (Way::Works, Way::Works));
+        }
+    }
+}
+
+#[test]
+fn connection_that_two_cpus_begin_at_once_is_one() {
+    let world = World::standard();
+    for service in ESTABLISHED {
+        let client = ip::client(Family::V4, 9);
+        let c = Connection::new(Family::V4, IPPROTO_TCP, service, client, CLIENT_PORT);
+        let mut host = Host::new(&world);
+        let (index, set) = begun_elsewhere(&world, &c);
+        host.put_at_lock.set(Some((index, set)));
+        c.open(&mut host);
+        assert_eq!(host.flow_sets()[index as usize].records, set.records, "{service:?}");
+        assert_eq!(live(&host).len(), 1);
+        let claimed = host.snat_slots().len();
+        assert_eq!(claimed, 0, "{service:?}: the loser's SNAT port is still claimed");
+    }
+}
+
+#[test]
+fn end_of_a_connection_spares_the_one_that_took_its_place() {
+    let world = World::standard();
+    for service in [Svc::LocalStack, Svc::TunnelV4] {
+        let client = ip::client(Family::V4, 9);
+        let c = Connection::new(Family::V4, IPPROTO_TCP, service, client, CLIENT_PORT);
+        let mut host = Host::new(&world);
+        c.open(&mut host);
+        let (index, way, record) = record_of(&host, &c);
+        let slots = host.snat_slots();
+        let found = flow::at(&host, index, way as u32).expect("a record");
+        // The same client begins anew in the same place: only the generation tells the two apart.
+        let mut set = host.flow_sets()[index as usize];
+        set.tags[way] += flow_tag::NEXT;
+        host.set_flow_set(index, set);
+        flow::release(&host, &found);
+        assert!(!found.is_still_there());
+        assert_eq!(record_of(&host, &c).2, record);
+        assert_eq!(host.snat_slots(), slots);
+        let found = flow::at(&host, index, way as u32).expect("a record");
+        flow::release(&host, &found);
+        assert_eq!(live(&host), []);
+        assert_eq!(host.snat_slots(), []);
+    }
+}
+
+#[test]
+fn record_made_anew_in_its_place_is_not_taken_for_the_old_one() {
+    on_both(World::standard(), |runner, _| {
+        let client = ip::client(Family::V4, 9);
+        let c = Connection::new(Family::V4, IPPROTO_UDP, Svc::LocalStack, client, CLIENT_PORT);
+        let mut tags = std::collections::BTreeSet::new();
+        for _ in 0..16 {
+            c.open(runner);
+            let (index, way, _) = record_of(runner, &c);
+            let mut set = runner.flows()[index as usize];
+            tags.insert((index, way, set.tags[way]));
+            set.tags[way] = flow_tag::freed(set.tags[way]);
+            runner.put_flow_set(index, set);
+        }
+        assert_eq!(tags.len(), 16, "a tag came again: {tags:x?}");
     });
 }
 

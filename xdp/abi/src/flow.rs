@@ -34,6 +34,29 @@ pub mod flow_state {
     pub const CONFIRMED: u32 = 1 << 4;
 }
 
+/// Bits of [`FlowSet::tags`].
+pub mod flow_tag {
+    /// The place is in use.
+    pub const USED: u32 = 1 << 0;
+    /// How often the place was given away, modulo 16. Kept while the place is free, so that whoever
+    /// remembers a tag knows the record behind it from one of the same client that came later.
+    pub const GENERATION: u32 = 0xf << 1;
+    /// The generation's lowest bit.
+    pub const NEXT: u32 = 1 << 1;
+
+    /// Whether a place has a record.
+    #[inline(always)]
+    pub const fn is_used(tag: u32) -> bool {
+        tag & USED != 0
+    }
+
+    /// The tag of the place when its record has ended.
+    #[inline(always)]
+    pub const fn freed(tag: u32) -> u32 {
+        tag & GENERATION
+    }
+}
+
 /// Bits of [`FlowRecord::flags`].
 pub mod record_flags {
     /// The source address and port are rewritten too (backend on another node).
@@ -146,9 +169,9 @@ pub struct FlowRecord {
 
 /// Value of `sl_flow_v1`: sixteen connections. 3,136 bytes.
 ///
-/// A tag is 0 for a free record, else 32 bits of the hash with the lowest bit set. A writer clears
-/// the tag, writes the record, then sets the tag; a reader compares the tag again after it has
-/// translated a packet.
+/// A tag is 27 bits of the hash, a generation and whether the place is in use ([`flow_tag`]). A
+/// writer frees the tag, writes the record, then sets the tag with the next generation; a reader
+/// compares the tag again after it has translated a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FlowSet {
@@ -178,8 +201,11 @@ pub struct Scratch {
     pub best: u64,
     /// The question that `draft` is to answer.
     pub ask: Ask,
+    /// Source ports towards the backend that other connections of the client have: bit `n` is the
+    /// client's port with its top two bits exclusive-or `n`.
+    pub taken: u32,
     /// Zero; room for growth.
-    pub reserved: [u64; 4],
+    pub reserved: [u32; 7],
 }
 
 /// What a decision needs to know beside the draft's tuple, tunnel and way back. 24 bytes.

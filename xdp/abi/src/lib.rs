@@ -31,7 +31,7 @@ pub use addr::{Addr, Be16, Be32, Family, Mac};
 pub use bench::{BENCH_MORE_WORDS, BENCH_RUN, BENCH_TARGETS, BENCH_WORDS, BenchRun, BenchTarget};
 pub use counters::{BackendCounter, Hook, ReasonCounter, ServiceCounter};
 pub use flow::{
-    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Scratch, SnatSlot, flow_state,
+    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Scratch, SnatSlot, flow_state, flow_tag,
     record_flags,
 };
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};

@@ -232,40 +232,50 @@ macro_rules! now {
 now!(u32);
 now!(u64);
 
+/// Words that several CPUs change at once.
+macro_rules! replace_if {
+    ($word:ty, $atomic:ident, $class:ident, $accumulator:tt, $instruction:literal) => {
+        impl At<'_, $word> {
+            /// Replaces `old` by `new` if the word still is `old`; true if it was.
+            ///
+            /// # Kernel
+            /// 5.12, for the atomic compare and exchange instruction (BPF_CMPXCHG).
+            #[inline(always)]
+            pub fn replace_if(self, old: $word, new: $word) -> bool {
+                #[cfg(target_arch = "bpf")]
+                {
+                    let was: $word;
+                    // SAFETY: `place` is an aligned word of a map value by the type's contract.
+                    unsafe {
+                        core::arch::asm!(
+                            $instruction,
+                            p = in(reg) self.as_ptr(),
+                            new = in($class) new,
+                            inout($accumulator) old => was,
+                        );
+                    }
+                    was == old
+                }
+                #[cfg(not(target_arch = "bpf"))]
+                {
+                    use core::sync::atomic::$atomic;
+                    // SAFETY: `place` is an aligned word by the type's contract, shared only
+                    // atomically.
+                    let word = unsafe { $atomic::from_ptr(self.as_ptr()) };
+                    word.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+                }
+            }
+        }
+    };
+}
+replace_if!(u32, AtomicU32, wreg, "w0", "w0 = cmpxchg32_32({p} + 0, w0, {new})");
+replace_if!(u64, AtomicU64, reg, "r0", "r0 = cmpxchg_64({p} + 0, r0, {new})");
+
 impl At<'_, u64> {
     /// Adds to a word that only this CPU writes (per-CPU counters).
     #[inline(always)]
     pub fn add(self, n: u64) {
         self.set(self.get().wrapping_add(n));
-    }
-
-    /// Replaces `old` by `new` if the word still is `old`; true if it was.
-    ///
-    /// # Kernel
-    /// 5.12, for the atomic compare and exchange instruction (BPF_CMPXCHG).
-    #[inline(always)]
-    pub fn replace_if(self, old: u64, new: u64) -> bool {
-        #[cfg(target_arch = "bpf")]
-        {
-            let was: u64;
-            // SAFETY: `place` is an aligned word of a map value by the type's contract.
-            unsafe {
-                core::arch::asm!(
-                    "r0 = cmpxchg_64({p} + 0, r0, {new})",
-                    p = in(reg) self.as_ptr(),
-                    new = in(reg) new,
-                    inout("r0") old => was,
-                );
-            }
-            was == old
-        }
-        #[cfg(not(target_arch = "bpf"))]
-        {
-            use core::sync::atomic::AtomicU64;
-            // SAFETY: `place` is an aligned word by the type's contract, shared only atomically.
-            let word = unsafe { AtomicU64::from_ptr(self.as_ptr()) };
-            word.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-        }
     }
 }
 

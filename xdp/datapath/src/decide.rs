@@ -5,7 +5,7 @@ use crate::access::At;
 use crate::csum::{Sum, negate};
 use crate::env::Env;
 use crate::field;
-use crate::flow::{self, Found, Inserted, Place, Tuple};
+use crate::flow::{self, Found, Inserted, Tuple};
 use crate::hash;
 use crate::parse::{Ip, Transport};
 use crate::verdict::{Step, Stop};
@@ -203,8 +203,6 @@ fn decide<E: Env>(
     let place = flow::place(env, settings, client, port, key.proto).ok_or(Reason::TableBroken)?;
     if field!(ask, Ask, snat).get() != 0 && way_out(draft) >= ExitKind::Tunnel as u8 {
         rewrite_source(env, settings, draft)?;
-    } else {
-        keep_source(&place, draft)?;
     }
     compile_checksums(draft);
     let inserted = flow::insert(env, &place, scratch);
@@ -316,21 +314,6 @@ fn rewrite_source<E: Env>(
     put!(draft, snat, claim.index + 1);
     put!(draft, flags, field!(draft, FlowRecord, flags).get() | record_flags::SNAT);
     Ok(())
-}
-
-/// The client's own port, unless a connection of the same client port to the same backend through
-/// another VIP has it: then one with other top bits, which chooses the same set.
-#[inline(always)]
-fn keep_source(place: &Place<'_>, draft: At<'_, FlowRecord>) -> Result<(), Reason> {
-    let client_port = field!(draft, FlowRecord, client_port).get().host();
-    for top in 0..4u16 {
-        let port = Be16::new(client_port ^ (top << 14));
-        put!(draft, source_port, port);
-        if port.host() != 0 && flow::find_reply(place, &Tuple::of_reply(draft)).is_none() {
-            return Ok(());
-        }
-    }
-    Err(Reason::FlowTableFull)
 }
 
 /// Changes the owner of SNAT slot `index_plus_one`, if it still is `old`'s.

@@ -1,13 +1,14 @@
 //! The flow table: finding a connection's record from either direction, and making one.
 
 use crate::access::{At, opaque};
+use crate::csum::Sum;
 use crate::env::Env;
 use crate::field;
 use crate::hash::{self, FlowHash};
 use crate::wire::{TCP_RST, TCP_SYN};
 use sluice_abi::{
     Addr, Be16, FLOW_WAYS, FlowRecord, FlowSet, IPPROTO_TCP, Scratch, Seeds, Settings, SnatSlot,
-    Timeouts, flow_state, maps,
+    Timeouts, flow_state, flow_tag, maps,
 };
 
 /// A connection's record, found.
@@ -30,10 +31,11 @@ impl Found<'_> {
         self.tag_at.get_now() == self.tag
     }
 
-    /// Ends the connection: both directions at once, because both use this record.
+    /// Ends the connection: both directions at once, because both use this record. False if another
+    /// CPU or the agent was first, and the place may be somebody else's by now.
     #[inline(always)]
-    pub fn end(&self) {
-        self.tag_at.set_now(0);
+    pub fn end(&self) -> bool {
+        self.tag_at.replace_if(self.tag, flow_tag::freed(self.tag))
     }
 }
 
@@ -41,8 +43,8 @@ impl Found<'_> {
 #[inline(always)]
 pub fn release<E: Env>(env: &E, found: &Found<'_>) {
     let claimed = field!(found.record, FlowRecord, snat).get();
-    found.end();
-    if claimed != 0
+    if found.end()
+        && claimed != 0
         && let Some(slot) = env.snat(claimed - 1)
     {
         slot.replace_slot(found.slot, SnatSlot::FREE);
@@ -126,18 +128,18 @@ fn check<'a>(
     matches: impl Fn(At<'a, FlowRecord>) -> bool,
 ) -> Option<Found<'a>> {
     let seen = field!(set, FlowSet, tags).element(way).get_now();
-    if seen != tag {
+    if (seen ^ tag) & !flow_tag::GENERATION != 0 {
         return None;
     }
     // Adds zero, in a way that the verifier cannot know: seventeen hits at seventeen constant
     // places would each be followed to the program's end; one at an unknown place is followed once.
-    let way = way + (opaque(seen as u64) as u32 ^ tag);
+    let way = way + ((opaque(seen as u64) as u32 ^ tag) & !flow_tag::GENERATION);
     let record = field!(set, FlowSet, records).element(way);
     if !matches(record) {
         return None;
     }
     let tag_at = field!(set, FlowSet, tags).element(way);
-    Some(Found { record, tag_at, tag, slot: SnatSlot::owned(index, way & 0xf) })
+    Some(Found { record, tag_at, tag: seen, slot: SnatSlot::owned(index, way & 0xf) })
 }
 
 #[inline(always)]
@@ -277,7 +279,12 @@ pub fn at<E: Env>(env: &E, index: u32, way: u32) -> Option<Found<'_>> {
     let tag_at = field!(set, FlowSet, tags).element(way);
     let tag = tag_at.get_now();
     let record = field!(set, FlowSet, records).element(way);
-    (tag != 0).then_some(Found { record, tag_at, tag, slot: SnatSlot::owned(index, way) })
+    flow_tag::is_used(tag).then_some(Found {
+        record,
+        tag_at,
+        tag,
+        slot: SnatSlot::owned(index, way),
+    })
 }
 
 /// What came of an insertion.
@@ -343,17 +350,19 @@ fn is_below(a: u32, b: u32) -> u64 {
 
 /// How gladly the place of record `way` is taken: larger is gladder; no bit of [`rank`]: never.
 #[inline(always)]
-fn rank_of(set: At<'_, FlowSet>, way: u32, client: Addr, now: u32) -> u64 {
+fn rank_of(set: At<'_, FlowSet>, way: u32, new: At<'_, FlowRecord>) -> u64 {
     let tag = field!(set, FlowSet, tags).element(way).get_now();
     let r = field!(set, FlowSet, records).element(way);
+    let now = field!(new, FlowRecord, seen).get();
     let age = now.wrapping_sub(field!(r, FlowRecord, seen).get());
     // Another CPU may have stamped the record after `now` was read: that is no age at all.
     let age = age & (opaque(age as u64 >> 31) as u32).wrapping_sub(1);
     let timeout = field!(r, FlowRecord, timeout).get();
-    const { assert!(flow_state::CONFIRMED == 1 << 4) };
+    const { assert!(flow_state::CONFIRMED == 1 << 4 && flow_tag::USED == 1) };
     let confirmed = (field!(r, FlowRecord, state).get() as u64 >> 4) & 1;
+    let client = field!(new, FlowRecord, client).get();
     let (a, b) = (field!(r, FlowRecord, client).get().words64(), client.words64());
-    is_zero(tag as u64) << rank::FREE
+    (tag as u64 & 1 ^ 1) << rank::FREE
         | is_below(timeout, age) << rank::EXPIRED
         | (confirmed ^ 1) << rank::UNCONFIRMED
         | is_zero((a[0] ^ b[0]) | (a[1] ^ b[1])) << rank::SAME_CLIENT
@@ -361,47 +370,130 @@ fn rank_of(set: At<'_, FlowSet>, way: u32, client: Addr, now: u32) -> u64 {
         | way as u64
 }
 
-/// Writes a record, unless another CPU has written one for the same connection.
+/// Writes a record, unless another CPU has written one for the same connection. A record that keeps
+/// the client's address gets a source port here, where no other CPU can take the same.
 #[inline(always)]
 pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> Inserted {
     let Some(lock) = env.flow_lock(place.index % maps::FLOW_LOCKS) else {
         return Inserted::Full;
     };
     let new = field!(scratch, Scratch, draft);
-    let now = field!(new, FlowRecord, seen).get();
-    let tuple = Tuple::of_request(new);
     let claimed = field!(new, FlowRecord, snat).get();
     let snat = if claimed != 0 { env.snat(claimed - 1) } else { None };
     env.lock(lock);
-    if let Some(other) = find_request(place, &tuple) {
+    if let Some(other) = survey(place, scratch) {
         env.unlock(lock);
-        return Inserted::Other(other.slot);
+        return Inserted::Other(other);
     }
-    let best = field!(scratch, Scratch, best);
-    best.set_now(rank_of(place.set, place.hash.home(), tuple.src, now));
-    if best.get_now() >> rank::FREE == 0 {
-        for way in 0..FLOW_WAYS as u32 {
-            let candidate = rank_of(place.set, way, tuple.src, now);
-            if candidate > best.get_now() {
-                best.set_now(candidate);
-            }
-        }
-    }
-    if best.get_now() >> rank::SAME_CLIENT == 0 {
+    rank(place, scratch);
+    let best = field!(scratch, Scratch, best).get_now();
+    if best >> rank::SAME_CLIENT == 0 || claimed == 0 && !keep_source(scratch) {
         env.unlock(lock);
         return Inserted::Full;
     }
-    let way = best.get_now() as u32 & 0xf;
+    let way = best as u32 & 0xf;
     let tag_at = field!(place.set, FlowSet, tags).element(way);
     let record = field!(place.set, FlowSet, records).element(way);
-    let freed = if tag_at.get_now() == 0 { 0 } else { field!(record, FlowRecord, snat).get() };
-    tag_at.set_now(0);
+    let old = tag_at.get_now();
+    let freed = if flow_tag::is_used(old) { field!(record, FlowRecord, snat).get() } else { 0 };
+    tag_at.set_now(flow_tag::freed(old));
     record.copy_from(new);
     let slot = SnatSlot::owned(place.index, way);
     if let Some(snat) = snat {
         snat.replace_slot(SnatSlot::CLAIMED, slot);
     }
-    tag_at.set_now(place.hash.tag());
+    let generation = old.wrapping_add(flow_tag::NEXT) & flow_tag::GENERATION;
+    tag_at.set_now(place.hash.tag() | generation);
     env.unlock(lock);
     Inserted::New { slot, freed }
+}
+
+/// Looks at every place of the set once: the record of the same connection, if there is one; else
+/// `best` is a free place, if there is one, and `taken` says which source ports are.
+#[inline(always)]
+fn survey(place: &Place<'_>, scratch: At<'_, Scratch>) -> Option<SnatSlot> {
+    let new = field!(scratch, Scratch, draft);
+    let (best, taken) = (field!(scratch, Scratch, best), field!(scratch, Scratch, taken));
+    best.set_now(0);
+    taken.set_now(0);
+    for way in 0..FLOW_WAYS as u32 {
+        let tag = field!(place.set, FlowSet, tags).element(way).get_now();
+        if !flow_tag::is_used(tag) {
+            best.set_now(1 << rank::FREE | way as u64);
+        } else if (tag ^ place.hash.tag()) & !flow_tag::GENERATION == 0 {
+            let r = field!(place.set, FlowSet, records).element(way);
+            if is_same_request(r, new) {
+                return Some(SnatSlot::owned(place.index, way));
+            }
+            taken.set_now(taken.get_now() | port_taken(r, new));
+        }
+    }
+    None
+}
+
+/// Whether two records have the same requests.
+#[inline(always)]
+fn is_same_request(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> bool {
+    field!(r, FlowRecord, client_port).get() == field!(new, FlowRecord, client_port).get()
+        && field!(r, FlowRecord, vip_port).get() == field!(new, FlowRecord, vip_port).get()
+        && field!(r, FlowRecord, client).get() == field!(new, FlowRecord, client).get()
+        && field!(r, FlowRecord, vip).get() == field!(new, FlowRecord, vip).get()
+        && field!(r, FlowRecord, proto).get() == field!(new, FlowRecord, proto).get()
+}
+
+/// Which source port towards the new record's backend another record of the same client has, as a
+/// bit whose number is the difference in the port's top two bits.
+#[inline(always)]
+fn port_taken(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> u32 {
+    let port = field!(r, FlowRecord, source_port).get().host();
+    let differs = port ^ field!(new, FlowRecord, client_port).get().host();
+    let same = field!(r, FlowRecord, source).get() == field!(new, FlowRecord, client).get()
+        && field!(r, FlowRecord, backend).get() == field!(new, FlowRecord, backend).get()
+        && field!(r, FlowRecord, backend_port).get() == field!(new, FlowRecord, backend_port).get()
+        && field!(r, FlowRecord, proto).get() == field!(new, FlowRecord, proto).get()
+        && differs & hash::CLIENT_PORT_SET_BITS == 0;
+    if same { 1 << (differs >> 14) } else { 0 }
+}
+
+/// The client's own port, unless a connection of the same client port to the same backend through
+/// another VIP has it: then one with other top bits, which chooses the same set. False if all four
+/// are taken.
+#[inline(always)]
+fn keep_source(scratch: At<'_, Scratch>) -> bool {
+    let new = field!(scratch, Scratch, draft);
+    let client_port = field!(new, FlowRecord, client_port).get();
+    let taken = field!(scratch, Scratch, taken).get_now();
+    for top in 0..4u16 {
+        let port = Be16::new(client_port.host() ^ (top << 14));
+        if port.host() != 0 && taken >> top & 1 == 0 {
+            if top != 0 {
+                field!(new, FlowRecord, source_port).set(port);
+                let delta = field!(new, FlowRecord, l4_delta);
+                let sum = Sum(delta.get() as u64).sub16(client_port.raw()).add16(port.raw());
+                delta.set(sum.fold());
+            }
+            return true;
+        }
+    }
+    false
+}
+
+/// Leaves in `best` the place that is given away most gladly, the home way if it is free.
+#[inline(always)]
+fn rank(place: &Place<'_>, scratch: At<'_, Scratch>) {
+    let best = field!(scratch, Scratch, best);
+    let home = place.hash.home();
+    if !flow_tag::is_used(field!(place.set, FlowSet, tags).element(home).get_now()) {
+        best.set_now(1 << rank::FREE | home as u64);
+    }
+    if best.get_now() != 0 {
+        return;
+    }
+    let new = field!(scratch, Scratch, draft);
+    for way in 0..FLOW_WAYS as u32 {
+        let candidate = rank_of(place.set, way, new);
+        if candidate > best.get_now() {
+            best.set_now(candidate);
+        }
+    }
 }

@@ -5,7 +5,7 @@
 //! clients that share a set; one who controls a single client can fill only that client's set.
 
 use crate::flow::Tuple;
-use sluice_abi::{Addr, Be16};
+use sluice_abi::{Addr, Be16, flow_tag};
 
 const K1: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 / golden ratio, odd
 const K2: u64 = 0xd6e8_feb8_6659_fd93; // from the rrmxmx mixer, odd
@@ -43,10 +43,10 @@ impl FlowHash {
         self.0 as u32
     }
 
-    /// The tag: never zero, which is a free record's.
+    /// The tag of a place in use, its generation left out ([`flow_tag`]).
     #[inline(always)]
     pub fn tag(self) -> u32 {
-        (self.0 >> 32) as u32 | 1
+        (self.0 >> 32) as u32 & !flow_tag::GENERATION | flow_tag::USED
     }
 
     /// The way that is tried first.

@@ -8,7 +8,7 @@ use aya::programs::{ProgramError, ProgramFd, ProgramInfo, TestRun, TestRunOption
 use aya::{Ebpf, EbpfLoader};
 use sluice_abi::{
     Addr, BENCH_RUN, BENCH_TARGETS, BenchRun, BenchTarget, FlowSet, Hook, REASONS, ReasonCounter,
-    ServiceCounter, Settings, maps,
+    ServiceCounter, Settings, flow_tag, maps,
 };
 use sluice_control::NodeContext;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -257,7 +257,7 @@ impl Rig {
         for index in 0..flows.len() {
             let set = flows.get(&index, 0).map_err(map_error(maps::FLOW))?.0;
             for (tag, record) in set.tags.iter().zip(&set.records) {
-                if *tag != 0
+                if flow_tag::is_used(*tag)
                     && record.client == client
                     && record.client_port.host() == port
                     && record.vip == vip

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::MapData;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use sluice_abi::{FLOW_WAYS, FlowRecord, FlowSet, SnatSlot, maps};
+use sluice_abi::{FLOW_WAYS, FlowRecord, FlowSet, SnatSlot, flow_tag, maps};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::MapsError;
@@ -172,7 +172,7 @@ impl FlowTable {
             return None;
         }
         let tag = self.tag(set, way)?.load(Ordering::Acquire);
-        if tag == 0 {
+        if !flow_tag::is_used(tag) {
             return None;
         }
         let at = Self::set_at(set) + FLOW_WAYS * 4 + way as usize * size_of::<FlowRecord>();
@@ -202,7 +202,8 @@ impl FlowTable {
         let Some(tag) = self.tag(flow.set, flow.way) else {
             return false;
         };
-        if tag.compare_exchange(flow.tag, 0, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        let freed = flow_tag::freed(flow.tag);
+        if tag.compare_exchange(flow.tag, freed, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return false;
         }
         if let Some(index) = flow.record.snat.checked_sub(1) {
