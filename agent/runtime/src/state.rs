@@ -496,8 +496,7 @@ impl State {
                 return;
             }
         };
-        let ports = (self.settings.snat_first_port, self.settings.snat_last_port);
-        let swept = self.sweeper.pass(&self.flows, &self.settings.timeouts, now, ports);
+        let swept = self.sweeper.pass(&self.flows, now);
         if swept.orphans > 0 {
             tracing::warn!(slots = swept.orphans, "SNAT slots without a connection freed");
         }

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use sluice_abi::{FlowRecord, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, Timeouts, flow_state};
+use sluice_abi::{FlowRecord, IPPROTO_UDP, SnatSlot};
 
 use crate::maps::{Flow, FlowTable};
 
@@ -29,23 +29,17 @@ pub struct Sweeper {
 }
 
 impl Sweeper {
-    /// One pass. `now` are the low 31 bits of jiffies; `ports` is the SNAT range.
-    pub fn pass(
-        &mut self,
-        table: &FlowTable,
-        timeouts: &Timeouts,
-        now: u32,
-        ports: (u16, u16),
-    ) -> Swept {
+    /// One pass. `now` are the low 31 bits of jiffies.
+    pub fn pass(&mut self, table: &FlowTable, now: u32) -> Swept {
         let mut swept = Swept::default();
         for flow in table.iter() {
             swept.used += 1;
-            if expired(&flow.record, timeouts, now) && table.free(&flow) {
+            if expired(&flow.record, now) && table.free(&flow) {
                 swept.freed += 1;
             }
         }
         let mut suspects = BTreeSet::new();
-        for (index, slot) in table.slots(ports.0, ports.1) {
+        for (index, slot) in table.slots() {
             let owned = slot.owner().is_some_and(|(set, way)| {
                 table.read(set, way).is_some_and(|flow| flow.record.snat == index + 1)
             });
@@ -80,80 +74,37 @@ pub fn forget_udp(table: &FlowTable, valid: &BTreeMap<u32, BTreeSet<u32>>) -> u6
 /// Jiffies are compared in 31 bits: that much the clock program returns.
 const MASK: u32 = 0x7fff_ffff;
 
-/// Whether a record was silent for longer than its state allows.
-pub fn expired(record: &FlowRecord, timeouts: &Timeouts, now: u32) -> bool {
+/// Whether a record was silent for longer than its state allows: the programs write the limit into
+/// the record whenever the state changes.
+pub fn expired(record: &FlowRecord, now: u32) -> bool {
     let age = now.wrapping_sub(record.seen) & MASK;
     // A packet that came after `now` was read makes the difference negative.
-    if age > MASK / 2 {
-        return false;
-    }
-    age > timeout(record, timeouts)
-}
-
-/// How long the record may be silent, in jiffies.
-pub fn timeout(record: &FlowRecord, timeouts: &Timeouts) -> u32 {
-    let state = record.state;
-    let confirmed = state & flow_state::CONFIRMED != 0;
-    if record.proto == IPPROTO_TCP {
-        let both = flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
-        if state & flow_state::RESET != 0 || state & both == both {
-            timeouts.tcp_closing
-        } else if confirmed {
-            timeouts.tcp_established
-        } else {
-            timeouts.tcp_syn
-        }
-    } else if confirmed {
-        timeouts.udp_replied
-    } else {
-        timeouts.udp_oneway
-    }
+    age <= MASK / 2 && age > record.timeout
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TIMEOUTS: Timeouts = Timeouts {
-        tcp_syn: 60,
-        tcp_established: 7200,
-        tcp_closing: 10,
-        udp_oneway: 30,
-        udp_replied: 120,
-        stamp: 1,
-        redecide: 60,
-        reserved: 0,
-    };
-
-    fn record(proto: u8, state: u32, seen: u32) -> FlowRecord {
-        FlowRecord { proto, state, seen, ..FlowRecord::default() }
+    fn record(seen: u32) -> FlowRecord {
+        FlowRecord { timeout: 30, seen, ..FlowRecord::default() }
     }
 
     #[test]
-    fn silence_is_measured_against_the_state() {
-        let r = flow_state::REPLIED | flow_state::CONFIRMED;
-        let fins = r | flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
-        for (proto, state, limit) in [
-            (IPPROTO_TCP, 0, 60),
-            (IPPROTO_TCP, r, 7200),
-            (IPPROTO_TCP, r | flow_state::FIN_FORWARD, 7200),
-            (IPPROTO_TCP, fins, 10),
-            (IPPROTO_TCP, r | flow_state::RESET, 10),
-            (IPPROTO_UDP, 0, 30),
-            (IPPROTO_UDP, r, 120),
-        ] {
-            let record = record(proto, state, 1000);
-            assert!(!expired(&record, &TIMEOUTS, 1000 + limit), "{record:?}");
-            assert!(expired(&record, &TIMEOUTS, 1001 + limit), "{record:?}");
+    fn silence_is_measured_against_the_record_s_own_limit() {
+        for timeout in [0, 1, 60, 7200] {
+            let record = FlowRecord { timeout, ..record(1000) };
+            assert!(!expired(&record, 1000 + timeout), "{record:?}");
+            assert!(expired(&record, 1001 + timeout), "{record:?}");
         }
     }
 
     #[test]
     fn clock_wraps_and_may_be_behind() {
         let seen = 0xffff_fff0;
-        let r = record(IPPROTO_UDP, 0, seen);
-        assert!(!expired(&r, &TIMEOUTS, seen.wrapping_add(20) & MASK));
-        assert!(expired(&r, &TIMEOUTS, seen.wrapping_add(40) & MASK));
-        assert!(!expired(&r, &TIMEOUTS, seen.wrapping_sub(5) & MASK));
+        let r = record(seen);
+        assert!(!expired(&r, seen.wrapping_add(20) & MASK));
+        assert!(expired(&r, seen.wrapping_add(40) & MASK));
+        assert!(!expired(&r, seen.wrapping_sub(5) & MASK));
     }
 }

@@ -12,22 +12,10 @@ use node::{Node, in_namespace};
 use sluice::attach::Attacher;
 use sluice::maps::{FlowTable, Pins, Plain};
 use sluice::sweep::{Sweeper, forget_udp};
-use sluice_abi::{
-    FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, Timeouts, flow_state, maps,
-};
+use sluice_abi::{FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, flow_tag, maps};
 
-const TIMEOUTS: Timeouts = Timeouts {
-    tcp_syn: 60,
-    tcp_established: 7200,
-    tcp_closing: 10,
-    udp_oneway: 30,
-    udp_replied: 120,
-    stamp: 1,
-    redecide: 60,
-    reserved: 0,
-};
 const NOW: u32 = 100_000;
-const PORTS: (u16, u16) = (16_384, 16_400);
+const FIRST_PORT: u16 = 16_384;
 
 /// The maps of a loaded object.
 struct Tables {
@@ -69,12 +57,13 @@ impl Tables {
     }
 
     fn slots(&self) -> Vec<u32> {
-        self.flows.slots(PORTS.0, PORTS.1).map(|(index, _)| index).collect()
+        self.flows.slots().map(|(index, _)| index).collect()
     }
 }
 
-fn record(proto: u8, state: u32, age: u32) -> FlowRecord {
-    FlowRecord { proto, state, seen: NOW - age, ..FlowRecord::default() }
+/// A record that may be silent for 30 ticks and was for `age`.
+fn record(proto: u8, age: u32) -> FlowRecord {
+    FlowRecord { proto, timeout: 30, seen: NOW - age, ..FlowRecord::default() }
 }
 
 #[test]
@@ -84,15 +73,15 @@ fn silent_connections_are_forgotten_and_others_stay() {
         tables.put(
             1,
             &[
-                record(IPPROTO_UDP, 0, 31),
-                record(IPPROTO_UDP, 0, 29),
-                record(IPPROTO_TCP, flow_state::CONFIRMED, 7000),
-                record(IPPROTO_TCP, flow_state::CONFIRMED | flow_state::RESET, 11),
+                record(IPPROTO_UDP, 31),
+                record(IPPROTO_UDP, 29),
+                FlowRecord { timeout: 7200, ..record(IPPROTO_TCP, 7000) },
+                record(IPPROTO_TCP, 90_000),
             ],
         );
-        tables.put(3, &[record(IPPROTO_TCP, 0, 61)]);
+        tables.put(3, &[FlowRecord { timeout: 0, ..record(IPPROTO_TCP, 1) }]);
         assert_eq!(tables.left().len(), 5);
-        let swept = Sweeper::default().pass(&tables.flows, &TIMEOUTS, NOW, PORTS);
+        let swept = Sweeper::default().pass(&tables.flows, NOW);
         assert_eq!((swept.used, swept.freed), (5, 3));
         assert_eq!(tables.left(), [(1, 1), (1, 2)]);
     });
@@ -102,8 +91,8 @@ fn silent_connections_are_forgotten_and_others_stay() {
 fn snat_slot_goes_with_its_connection_and_never_without_cause() {
     in_namespace(|node| {
         let tables = Tables::new(node);
-        let first = u32::from(PORTS.0) * maps::SNAT_SLOTS_PER_PORT;
-        let with = |age, slot: u32| FlowRecord { snat: slot + 1, ..record(IPPROTO_UDP, 0, age) };
+        let first = u32::from(FIRST_PORT) * maps::SNAT_SLOTS_PER_PORT;
+        let with = |age, slot: u32| FlowRecord { snat: slot + 1, ..record(IPPROTO_UDP, age) };
         tables.put(2, &[with(31, first), with(1, first + 1)]);
         tables.put_slot(first, SnatSlot::owned(2, 0));
         tables.put_slot(first + 1, SnatSlot::owned(2, 1));
@@ -111,11 +100,11 @@ fn snat_slot_goes_with_its_connection_and_never_without_cause() {
         tables.put_slot(first + 2, SnatSlot::owned(3, 5));
         tables.put_slot(first + 3, SnatSlot::CLAIMED);
         let mut sweeper = Sweeper::default();
-        let swept = sweeper.pass(&tables.flows, &TIMEOUTS, NOW, PORTS);
+        let swept = sweeper.pass(&tables.flows, NOW);
         assert_eq!((swept.freed, swept.orphans), (1, 0));
         assert_eq!(tables.slots(), [first + 1, first + 2, first + 3]);
         // What looks the same at the next pass was no decision in progress.
-        let swept = sweeper.pass(&tables.flows, &TIMEOUTS, NOW, PORTS);
+        let swept = sweeper.pass(&tables.flows, NOW);
         assert_eq!((swept.freed, swept.orphans), (0, 2));
         assert_eq!(tables.slots(), [first + 1]);
     });
@@ -125,14 +114,29 @@ fn snat_slot_goes_with_its_connection_and_never_without_cause() {
 fn place_with_another_owner_is_not_freed() {
     in_namespace(|node| {
         let tables = Tables::new(node);
-        tables.put(0, &[record(IPPROTO_UDP, 0, 31)]);
+        tables.put(0, &[record(IPPROTO_UDP, 31)]);
         let seen = tables.flows.iter().next().unwrap();
-        // Meanwhile a program gave the place away.
+        // Meanwhile a program gave the place away: to another client, or to the same one again.
+        for tag in [seen.tag + 64, seen.tag + flow_tag::NEXT] {
+            let mut value = FlowSet::default();
+            value.tags[0] = tag;
+            tables.array(maps::FLOW).set(0, Plain(value), 0).unwrap();
+            assert!(!tables.flows.free(&seen), "{tag:#x}");
+            assert_eq!(tables.left(), [(0, 0)]);
+        }
+    });
+}
+
+#[test]
+fn freed_place_keeps_its_generation() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
         let mut value = FlowSet::default();
-        value.tags[0] = 77;
+        value.tags[0] = 64 | (5 * flow_tag::NEXT) | flow_tag::USED;
         tables.array(maps::FLOW).set(0, Plain(value), 0).unwrap();
-        assert!(!tables.flows.free(&seen));
-        assert_eq!(tables.left(), [(0, 0)]);
+        assert_eq!(Sweeper::default().pass(&tables.flows, NOW).freed, 1);
+        let set = tables.array::<FlowSet>(maps::FLOW).get(&0, 0).unwrap().0;
+        assert_eq!(set.tags[0], 5 * flow_tag::NEXT);
     });
 }
 
@@ -140,11 +144,8 @@ fn place_with_another_owner_is_not_freed() {
 fn udp_of_a_removed_endpoint_ends_and_tcp_lives_on() {
     in_namespace(|node| {
         let tables = Tables::new(node);
-        let to = |proto, service, backend_id| FlowRecord {
-            service,
-            backend_id,
-            ..record(proto, flow_state::CONFIRMED, 1)
-        };
+        let to =
+            |proto, service, backend_id| FlowRecord { service, backend_id, ..record(proto, 1) };
         tables.put(
             0,
             &[

@@ -212,11 +212,10 @@ impl FlowTable {
         true
     }
 
-    /// SNAT slots of ports `first..=last` that are taken, with their index.
-    pub fn slots(&self, first: u16, last: u16) -> impl Iterator<Item = (u32, SnatSlot)> + '_ {
-        let from = u32::from(first) * maps::SNAT_SLOTS_PER_PORT;
-        let to = (u32::from(last) + 1) * maps::SNAT_SLOTS_PER_PORT;
-        (from..to.min(self.slots)).filter_map(|index| {
+    /// SNAT slots that are taken, with their index. Those of every port: the range may have been
+    /// another one when a connection began.
+    pub fn slots(&self) -> impl Iterator<Item = (u32, SnatSlot)> + '_ {
+        (0..self.slots).filter_map(|index| {
             let slot = SnatSlot(self.snat.word64(index as usize * 8)?.load(Ordering::Relaxed));
             (slot != SnatSlot::FREE).then_some((index, slot))
         })
