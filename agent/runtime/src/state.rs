@@ -40,6 +40,9 @@ const UDP_GRACE: Duration = Duration::from_secs(3);
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 /// How long readiness waits for the neighbours that the first tables need.
 const NEIGHBOURS: Duration = Duration::from_secs(3);
+/// What the kernel does not announce is noticed by looking this often: what it learns about the MTU of
+/// a path, and forgets again, and what happens in pods' namespaces.
+const LOOK: Duration = Duration::from_secs(5);
 /// What was refused on an interface is tried again after this time.
 const RETRY_REFUSED: Duration = Duration::from_secs(60);
 
@@ -229,7 +232,7 @@ impl State {
     /// When the next step is due although nothing happened.
     pub fn due(&self) -> Duration {
         let now = Instant::now();
-        let mut due = Duration::from_secs(5);
+        let mut due = LOOK;
         if let Some((at, _)) = self.retry {
             due = due.min(at.saturating_duration_since(now));
         }

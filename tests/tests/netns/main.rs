@@ -9,6 +9,7 @@ mod changes;
 mod demo;
 mod neighbours;
 mod objects;
+mod path_mtu;
 mod services;
 mod switches;
 mod tunnel;

@@ -459,8 +459,10 @@ pub(super) fn vteps(show: &Show) -> Result<(), CliError> {
             .collect();
         from.sort();
         let hop = nexthops.get(&v.nexthop).filter(|h| h.ifindex != 0);
-        let hop_words = hop
-            .map_or_else(|| "unresolved".to_owned(), |h| format!("if{} {}", h.ifindex, h.dst_mac));
+        let hop_words = hop.map_or_else(
+            || "unresolved".to_owned(),
+            |h| format!("if{} {} mtu {}", h.ifindex, h.dst_mac, h.mtu),
+        );
         if show.output == Output::Json {
             list.push(json!({
                 "index": index,

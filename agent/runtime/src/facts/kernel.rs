@@ -169,7 +169,8 @@ pub struct Exit {
     pub ifindex: u32,
     /// Address whose MAC the frame carries.
     pub neighbour: IpAddr,
-    /// Largest IP packet that the route allows, where it says so.
+    /// Largest IP packet that the route allows, where it says so: a limit of its own, or what the
+    /// kernel has learnt about the path (RFC 1191, RFC 8201) and not forgotten yet.
     pub mtu: Option<u32>,
     /// Source address that the kernel would take.
     pub source: Option<IpAddr>,
