@@ -578,6 +578,8 @@ fn settings() -> Settings {
         fail_safe_tcp: fail_safe,
         fail_safe_udp: fail_safe,
         answers: Answers { source_rate: 10, source_burst: 20, cpu_rate: 1000, cpu_burst: 1000 },
+        snat_reply_first: size::SNAT_FIRST,
+        snat_reply_last: size::SNAT_LAST,
         reserved2: 0,
     }
 }

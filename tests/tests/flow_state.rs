@@ -422,6 +422,29 @@ fn snat_slot_deleted_by_hand_ends_both_directions() {
 }
 
 #[test]
+fn connections_of_an_earlier_snat_range_go_on() {
+    on_both(World::standard(), |runner, _| {
+        let mut world = World::standard();
+        for family in FAMILIES {
+            let client = ip::client(family, 9);
+            let c = Connection::new(family, IPPROTO_TCP, Svc::TunnelV4, client, CLIENT_PORT);
+            let seen = c.establish(runner);
+            let port = snat_port(&seen);
+            let settings = &mut world.settings;
+            (settings.snat_first_port, settings.snat_last_port) = (port + 1, port + 9);
+            (settings.snat_reply_first, settings.snat_reply_last) = (port, port + 9);
+            runner.rewrite(&world);
+            assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
+            world.settings.snat_reply_first = port + 1;
+            runner.rewrite(&world);
+            assert_eq!(c.answer(runner, &seen), Way::Ends);
+            world.settings = World::standard().settings;
+            runner.rewrite(&world);
+        }
+    });
+}
+
+#[test]
 fn packet_of_another_backend_to_a_snat_port_is_no_reply() {
     on_both(World::standard(), |runner, _| {
         for family in FAMILIES {

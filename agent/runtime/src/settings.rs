@@ -73,6 +73,9 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
     settings.vxlan_ports = [Be16::new(first), Be16::new(ports.get(1).copied().unwrap_or(first))];
     settings.snat_first_port = config.snat.first_port;
     settings.snat_last_port = config.snat.last_port;
+    // Connections on ports of an earlier range live on; `narrow_replies` knows when they are gone.
+    let earlier = (settings.snat_reply_first, settings.snat_reply_last);
+    narrow_replies(settings, (earlier.1 != 0).then_some(earlier));
     settings.ticks_per_second = hz;
     settings.answers = Answers {
         source_rate: config.answers.rate_per_source,
@@ -83,6 +86,15 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
     settings.flow_set_mask = config.maps.flow_sets - 1;
     settings.fail_safe_tcp = eight(&config.fail_safe.tcp);
     settings.fail_safe_udp = eight(&config.fail_safe.udp);
+}
+
+/// Replies are looked for at the ports of the range and between those that connections hold, `used`
+/// from the first to the last.
+pub fn narrow_replies(settings: &mut Settings, used: Option<(u16, u16)>) {
+    let (first, last) = (settings.snat_first_port, settings.snat_last_port);
+    let (lowest, highest) = used.unwrap_or((first, last));
+    settings.snat_reply_first = first.min(lowest);
+    settings.snat_reply_last = last.max(highest);
 }
 
 /// Sets the node's own addresses on plain routes.
@@ -138,6 +150,24 @@ mod tests {
         assert_eq!(settings.ticks_per_second, 250);
         assert_eq!(settings.flow_set_mask, 8191);
         assert_eq!(settings.fail_safe_tcp[0], Be16::new(22));
+    }
+
+    #[test]
+    fn replies_are_looked_for_at_the_ports_of_an_earlier_range_until_they_are_free() {
+        let mut config = Config::default();
+        let mut settings = Settings::default();
+        let mut fill = |first: u16, last: u16, settings: &mut Settings| {
+            (config.snat.first_port, config.snat.last_port) = (first, last);
+            super::fill(settings, &config, &NodeContext::default(), 250);
+            (settings.snat_reply_first, settings.snat_reply_last)
+        };
+        assert_eq!(fill(16_384, 29_999, &mut settings), (16_384, 29_999));
+        assert_eq!(fill(20_000, 21_000, &mut settings), (16_384, 29_999));
+        assert_eq!(fill(40_000, 41_000, &mut settings), (16_384, 41_000));
+        narrow_replies(&mut settings, Some((20_500, 40_100)));
+        assert_eq!((settings.snat_reply_first, settings.snat_reply_last), (20_500, 41_000));
+        narrow_replies(&mut settings, None);
+        assert_eq!((settings.snat_reply_first, settings.snat_reply_last), (40_000, 41_000));
     }
 
     /// A bucket in 32 bits: the fullest one and one answer more.

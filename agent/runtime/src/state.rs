@@ -500,6 +500,7 @@ impl State {
             }
         };
         let swept = self.sweeper.pass(&self.flows, now);
+        self.narrow_replies(swept.ports);
         if swept.orphans > 0 {
             tracing::warn!(slots = swept.orphans, "SNAT slots without a connection freed");
         }
@@ -513,6 +514,21 @@ impl State {
                 capacity,
                 "the connection table is nearly full; raise maps.flow_sets"
             );
+        }
+    }
+
+    /// Replies need no longer be looked for at ports of an earlier SNAT range that are free by now.
+    fn narrow_replies(&mut self, used: Option<(u16, u16)>) {
+        let mut wanted = self.settings;
+        settings::narrow_replies(&mut wanted, used);
+        // Nothing is known of the range before the first step.
+        if wanted == self.settings || self.generation == 0 {
+            return;
+        }
+        let edit = |s: &mut Settings| settings::narrow_replies(s, used);
+        match settings::update(self.attacher.pins(), &self.run_dir, edit) {
+            Ok(settings) => self.settings = settings,
+            Err(e) => tracing::warn!("SNAT ports: {}", causes(&e)),
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use sluice_abi::{FlowRecord, IPPROTO_UDP, SnatSlot};
+use sluice_abi::{FlowRecord, IPPROTO_UDP, SnatSlot, maps};
 
 use crate::maps::{Flow, FlowTable};
 
@@ -19,6 +19,8 @@ pub struct Swept {
     pub freed: u64,
     /// SNAT slots freed whose record is gone.
     pub orphans: u64,
+    /// First and last port of the SNAT slots in use.
+    pub ports: Option<(u16, u16)>,
 }
 
 /// The ages of SNAT slots without a record, kept between passes: one that is being taken looks the
@@ -43,16 +45,17 @@ impl Sweeper {
             let owned = slot.owner().is_some_and(|(set, way)| {
                 table.read(set, way).is_some_and(|flow| flow.record.snat == index + 1)
             });
-            if owned {
+            let lost = !owned && self.suspects.contains(&(index, slot.0));
+            if lost && table.free_slot(index, SnatSlot(slot.0)) {
+                swept.orphans += 1;
                 continue;
             }
-            if self.suspects.contains(&(index, slot.0)) {
-                if table.free_slot(index, SnatSlot(slot.0)) {
-                    swept.orphans += 1;
-                }
-            } else {
+            if !owned {
                 suspects.insert((index, slot.0));
             }
+            let port = (index / maps::SNAT_SLOTS_PER_PORT) as u16;
+            // In the order of the ports.
+            swept.ports = Some((swept.ports.map_or(port, |(first, _)| first), port));
         }
         self.suspects = suspects;
         swept

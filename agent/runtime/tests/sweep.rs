@@ -102,6 +102,7 @@ fn snat_slot_goes_with_its_connection_and_never_without_cause() {
         let mut sweeper = Sweeper::default();
         let swept = sweeper.pass(&tables.flows, NOW);
         assert_eq!((swept.freed, swept.orphans), (1, 0));
+        assert_eq!(swept.ports, Some((FIRST_PORT, FIRST_PORT)));
         assert_eq!(tables.slots(), [first + 1, first + 2, first + 3]);
         // What looks the same at the next pass was no decision in progress.
         let swept = sweeper.pass(&tables.flows, NOW);

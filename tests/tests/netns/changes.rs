@@ -327,6 +327,39 @@ fn connections_stay_when_mode_and_delivery_change() {
     all_stay(&mut kept, "the mode changed while no agent ran");
 }
 
+#[test]
+fn connections_stay_when_the_snat_ports_change() {
+    let mut bed = bed(Mode::Native, "[snat]\nfirst_port = 20000\nlast_port = 20999\n");
+    let mut kept = Kept::open_many(&bed);
+    let ports = |bed: &Bed| -> BTreeSet<bool> {
+        let text = bed.lab.sluice(NODE, &["flows", "--output", "json"]).expect("flows");
+        let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let rewritten = json["flows"].as_array().into_iter().flatten();
+        let port = |flow: &serde_json::Value| -> Option<SocketAddr> {
+            flow["source"].as_str().filter(|_| flow["snat"] == true)?.parse().ok()
+        };
+        rewritten.filter_map(port).map(|source| source.port() < 20000).collect()
+    };
+    assert_eq!(ports(&bed), BTreeSet::from([false]));
+    bed.config.tables = "[snat]\nfirst_port = 17000\nlast_port = 17999\n\
+                         [timeouts]\nsweep = \"1s\"\n";
+    bed.configure();
+    wait("new connections take the new ports", || {
+        bed.ask_often("client", SHOP.load_balancer(Family::V4, HTTP), 4);
+        match ports(&bed) {
+            both if both.len() == 2 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+    all_stay(&mut kept, "ports changed");
+    bed.stop();
+    bed.start();
+    all_stay(&mut kept, "the next agent knows the new ports only");
+    // A sweep finds the old ports still in use.
+    std::thread::sleep(Duration::from_secs(3));
+    all_stay(&mut kept, "after a sweep");
+}
+
 /// The pod's interface goes and comes back with the same addresses, as when a pod of a StatefulSet
 /// is made anew.
 fn make_pod_anew(bed: &Bed, name: &str) {

@@ -91,9 +91,9 @@ pub struct Settings {
     pub timeouts: Timeouts,
     /// UDP destination ports of VXLAN; unused places repeat the first.
     pub vxlan_ports: [Be16; 2],
-    /// First SNAT port, host order.
+    /// First SNAT port of new connections, host order.
     pub snat_first_port: u16,
-    /// Last SNAT port, inclusive, host order.
+    /// Last SNAT port of new connections, inclusive, host order.
     pub snat_last_port: u16,
     /// Mask of the flow set index: number of sets minus one.
     pub flow_set_mask: u32,
@@ -109,6 +109,11 @@ pub struct Settings {
     pub fail_safe_udp: [Be16; 8],
     /// How many answers may be made.
     pub answers: Answers,
+    /// First port at which replies are looked for, host order: those of the range, and of
+    /// connections from before the range was changed.
+    pub snat_reply_first: u16,
+    /// Last port at which replies are looked for, inclusive, host order.
+    pub snat_reply_last: u16,
     /// Zero; room for growth.
-    pub reserved2: u64,
+    pub reserved2: u32,
 }

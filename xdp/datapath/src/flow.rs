@@ -207,8 +207,8 @@ pub fn find_snat_reply<'a, E: Env>(
     tuple: &Tuple,
 ) -> Option<Found<'a>> {
     let port = tuple.dst_port.host();
-    if port < field!(settings, Settings, snat_first_port).get()
-        || port > field!(settings, Settings, snat_last_port).get()
+    if port < field!(settings, Settings, snat_reply_first).get()
+        || port > field!(settings, Settings, snat_reply_last).get()
     {
         return None;
     }

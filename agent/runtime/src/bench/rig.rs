@@ -109,6 +109,7 @@ impl Rig {
         if self.sizes.flow_sets > config::Config::default().maps.flow_sets {
             // More connections than the default's table holds also need more source ports.
             (s.snat_first_port, s.snat_last_port) = (1024, u16::MAX);
+            (s.snat_reply_first, s.snat_reply_last) = (1024, u16::MAX);
         }
         let (v4, v6) = Tables::node_addresses();
         settings::fill_addresses(s, Some(v4), Some(v6));
