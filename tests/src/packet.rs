@@ -51,6 +51,10 @@ pub struct Packet {
     pub fragment: u16,
     /// TCP control bits.
     pub flags: u8,
+    /// TCP sequence number.
+    pub seq: u32,
+    /// TCP acknowledgement number.
+    pub ack: u32,
     /// TCP options, a multiple of four bytes.
     pub options: Vec<u8>,
     /// UDP without a checksum.
@@ -75,6 +79,8 @@ impl Packet {
             id: 0x1234,
             fragment: 0x4000,
             flags: tcp::SYN,
+            seq: 0x0102_0304,
+            ack: 0x0506_0708,
             options: Vec::new(),
             no_checksum: false,
             payload: b"an odd number of bytes".to_vec(),
@@ -123,11 +129,18 @@ impl Packet {
         self
     }
 
-    /// The answer: addresses and ports exchanged on every layer.
+    /// The packet at another place of its TCP connection.
+    pub fn at(mut self, seq: u32, ack: u32) -> Self {
+        (self.seq, self.ack) = (seq, ack);
+        self
+    }
+
+    /// The answer: addresses, ports and TCP numbers exchanged on every layer.
     pub fn answer(mut self) -> Self {
         std::mem::swap(&mut self.eth_src, &mut self.eth_dst);
         std::mem::swap(&mut self.src, &mut self.dst);
         std::mem::swap(&mut self.src_port, &mut self.dst_port);
+        std::mem::swap(&mut self.seq, &mut self.ack);
         if self.proto == IPPROTO_TCP {
             self.flags = if self.flags & tcp::SYN != 0 { tcp::SYN | tcp::ACK } else { tcp::ACK };
         }
@@ -146,8 +159,8 @@ impl Packet {
             IPPROTO_TCP => {
                 segment.extend(self.src_port.to_be_bytes());
                 segment.extend(self.dst_port.to_be_bytes());
-                segment.extend(0x0102_0304u32.to_be_bytes());
-                segment.extend(0x0506_0708u32.to_be_bytes());
+                segment.extend(self.seq.to_be_bytes());
+                segment.extend(self.ack.to_be_bytes());
                 segment.push(((20 + self.options.len()) as u8 / 4) << 4);
                 segment.push(self.flags);
                 segment.extend(0xfaf0u16.to_be_bytes());

@@ -52,8 +52,8 @@ layouts! {
     Extent { offset, size }
     FlowRecord {
         client, vip, backend, client_port, vip_port, backend_port, source_port, proto, reserved,
-        flags, l4_delta, ip_delta, epoch, tunnel, service, backend_id, seen, state, source, decided,
-        forward, reply, created, snat, timeout, reserved2
+        flags, l4_delta, ip_delta, epoch, tunnel, service, backend_id, seen, state, source,
+        ack_forward, forward, reply, created, snat, timeout, decided, ack_reply, reserved2
     }
     FlowSet { tags, records }
     Frontend {
@@ -64,7 +64,7 @@ layouts! {
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
-    Scratch { draft, best, ask, taken, reserved }
+    Scratch { draft, best, ask, taken, seq, ack, reserved }
     Seeds { flow, cluster }
     ServiceCounter {
         forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows, dropped_packets

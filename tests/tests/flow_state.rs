@@ -9,6 +9,7 @@ use sluice_abi::{
     Reason, SnatSlot, VerdictKind, flow_state, flow_tag, record_flags,
 };
 use sluice_datapath::flow;
+use sluice_datapath::tcp::{FAR, NEAR, STEP};
 use sluice_tests::fixtures::{
     CLIENT_PORT, from_peer, later, place, pod_request, request, snat_port, tunnel_service,
 };
@@ -85,6 +86,11 @@ impl Connection {
 
     /// The backend answers what it saw. Whether the client gets what it should.
     fn answer(&self, runner: &mut dyn Runner, seen: &[u8]) -> Way {
+        self.reply(runner, seen, &|reply| reply)
+    }
+
+    /// The same with a segment that is made from the answer.
+    fn reply(&self, runner: &mut dyn Runner, seen: &[u8], how: &dyn Fn(Packet) -> Packet) -> Way {
         let source = sluice_tests::packet::src_port(seen);
         let family = self.family();
         let (backend, backend_port) = place(self.backend, family);
@@ -93,7 +99,7 @@ impl Connection {
             Be::Plain => ip::node(family),
             _ => self.request.src,
         };
-        let mut reply = self.request.clone().answer().hop_limit(64);
+        let mut reply = how(self.request.clone().answer()).hop_limit(64);
         reply = reply.from(backend, backend_port).to(client, source);
         let (hook, ifindex, frame) = match self.backend {
             Be::Stack => {
@@ -128,8 +134,8 @@ impl Connection {
             VerdictKind::Forward => {}
         }
         let hops = if self.backend == Be::Stack { 64 } else { 63 };
-        let expected =
-            self.request.clone().answer().eth(mac::UPLINK, mac::GATEWAY).hop_limit(hops).bytes();
+        let expected = how(self.request.clone().answer());
+        let expected = expected.eth(mac::UPLINK, mac::GATEWAY).hop_limit(hops).bytes();
         assert_eq!(outcome.bytes, expected, "{}", difference(&outcome.bytes, &expected));
         Way::Works
     }
@@ -757,8 +763,12 @@ fn old_decision_is_taken_anew_though_nothing_was_announced() {
         let code = |runner: &mut dyn Runner| {
             runner.send(Hook::Xdp, dev::UPLINK, &c.request.bytes()).1.code
         };
+        // Looked at when the stamp is old, which of a connection that goes on is so once a second.
         let age = |runner: &mut dyn Runner, by: u32| {
-            change(runner, &c, |_, r| r.decided = r.decided.wrapping_sub(by));
+            change(runner, &c, |_, r| {
+                r.decided = r.decided.wrapping_sub(by);
+                r.seen = r.seen.wrapping_sub(TIMEOUTS.stamp + 100_000);
+            });
         };
         age(runner, TIMEOUTS.redecide - 100_000);
         assert_eq!(code(runner), code::XDP_PASS, "decided anew before its time");
@@ -896,6 +906,305 @@ fn affinity_keeps_a_client_with_one_backend() {
                 chosen.insert(first);
             }
             assert_eq!(chosen.len(), 2, "all clients went to {chosen:?}");
+        }
+    });
+}
+
+/// A segment of either side of a connection, and whether it got through.
+struct Ends<'c> {
+    connection: &'c Connection,
+    seen: Vec<u8>,
+}
+
+impl<'c> Ends<'c> {
+    /// A connection that both sides have confirmed.
+    fn establish(runner: &mut dyn Runner, connection: &'c Connection) -> Self {
+        let seen = connection.establish(runner);
+        Self { connection, seen }
+    }
+
+    /// Sends a segment whose numbers are so far ahead of where the other side waits.
+    fn send(&self, runner: &mut dyn Runner, reply: bool, flags: u8, ahead: u32, acked: u32) {
+        let how = |p: Packet| {
+            let (seq, ack) = (p.seq.wrapping_add(ahead), p.ack.wrapping_add(acked));
+            p.flags(flags).at(seq, ack)
+        };
+        if reply {
+            assert_eq!(self.connection.reply(runner, &self.seen, &how), Way::Works);
+        } else {
+            let sent = self.connection.send(runner, &how(self.connection.request.clone()));
+            assert!(sent.is_ok(), "{sent:?}");
+        }
+    }
+
+    fn record(&self, runner: &dyn Runner) -> FlowRecord {
+        record_of(runner, self.connection).2
+    }
+}
+
+const ACK: u8 = tcp::ACK;
+const RST: u8 = tcp::RST;
+const FIN: u8 = tcp::FIN;
+
+/// Runs a law on an established TCP connection of each family to backends of each kind.
+fn on_established(law: fn(&mut dyn Runner, &Ends<'_>)) {
+    for world in [World::standard(), World::replacing()] {
+        let both = move |runner: &mut dyn Runner, world: &World| {
+            for family in FAMILIES {
+                for service in ESTABLISHED {
+                    let client = ip::client(family, 9);
+                    let c = Connection::new(family, IPPROTO_TCP, service, client, CLIENT_PORT);
+                    let ends = Ends::establish(runner, &c);
+                    law(runner, &ends);
+                    let record = record_of(runner, &c).2;
+                    change(runner, &c, |tag, _| *tag = 0);
+                    if record.snat != 0 {
+                        runner.put_slot(record.snat - 1, SnatSlot::FREE);
+                    }
+                    runner.rewrite(world);
+                }
+            }
+        };
+        both(&mut Host::new(&world), &world);
+        with_kernel(move |kernel| {
+            kernel.fill(&world);
+            both(kernel, &world);
+        });
+    }
+}
+
+/// Places where no window is, seen from where the other side waits.
+const ASTRAY: [u32; 6] = [u32::MAX, u32::MAX - 70_000, NEAR, NEAR + 1, 1 << 31, FAR * 3];
+
+#[test]
+fn a45_forged_rst_is_forwarded_and_changes_nothing() {
+    on_established(|runner, ends| {
+        let before = ends.record(runner);
+        for reply in [false, true] {
+            for ahead in ASTRAY {
+                ends.send(runner, reply, RST, ahead, 0);
+                // With an acknowledgement that is as wrong.
+                ends.send(runner, reply, RST | ACK, ahead, ahead);
+                assert_eq!(ends.record(runner), before, "reply {reply}, {ahead} ahead");
+            }
+            // Right where the window is wide, but beyond every window.
+            ends.send(runner, reply, RST | ACK, FAR, 0);
+            assert_eq!(ends.record(runner), before, "reply {reply}");
+        }
+    });
+}
+
+#[test]
+fn a45_forged_fin_is_forwarded_and_changes_nothing() {
+    on_established(|runner, ends| {
+        let before = ends.record(runner);
+        for reply in [false, true] {
+            for ahead in ASTRAY {
+                ends.send(runner, reply, FIN | ACK, ahead, 1 << 31);
+                ends.send(runner, reply, FIN, ahead, 0);
+                assert_eq!(ends.record(runner), before, "reply {reply}, {ahead} ahead");
+            }
+        }
+    });
+}
+
+#[test]
+fn a45_forged_syn_of_an_established_connection_changes_nothing() {
+    on_established(|runner, ends| {
+        let before = ends.record(runner);
+        for ahead in [0, 1, 1000, NEAR, 1 << 31] {
+            ends.send(runner, false, tcp::SYN, ahead, 0);
+            assert_eq!(ends.record(runner), before, "{ahead} ahead");
+        }
+    });
+}
+
+#[test]
+fn a45_acknowledgements_that_nobody_can_have_sent_are_not_remembered() {
+    on_established(|runner, ends| {
+        let before = ends.record(runner);
+        for reply in [false, true] {
+            // A forger who hits neither number, or only one of the two.
+            for (ahead, acked) in
+                [(1 << 31, 1 << 20), (0, 1 << 31), (0, FAR + STEP), (FAR, 1 << 20)]
+            {
+                ends.send(runner, reply, ACK, ahead, acked);
+                assert_eq!(ends.record(runner), before, "reply {reply}, {ahead}, {acked}");
+            }
+        }
+    });
+}
+
+#[test]
+fn rst_in_the_window_shortens_the_life_and_going_on_takes_it_back() {
+    on_established(|runner, ends| {
+        let before = ends.record(runner);
+        for reply in [false, true] {
+            for (flags, ahead) in [(RST, 0), (RST, 1), (RST, NEAR - 1), (RST | ACK, FAR - 1)] {
+                ends.send(runner, reply, flags, ahead, 0);
+                let record = ends.record(runner);
+                assert_eq!(record.state, before.state | flow_state::RESET, "{ahead} ahead");
+                assert_eq!(record.timeout, TIMEOUTS.tcp_closing);
+                // What is no answer takes nothing back.
+                ends.send(runner, !reply, ACK, 1 << 31, 1 << 31);
+                ends.send(runner, reply, ACK, 1 << 31, 1 << 31);
+                assert_eq!(ends.record(runner), record);
+                // The receiver says where it is (RFC 5961), or the sender goes on.
+                ends.send(runner, reply ^ (ahead != 0), ACK, 0, 0);
+                assert_eq!(ends.record(runner), before, "{ahead} ahead");
+            }
+        }
+    });
+}
+
+#[test]
+fn fin_of_each_side_ends_a_connection_however_much_is_in_flight() {
+    on_established(|runner, ends| {
+        let before = ends.record(runner);
+        ends.send(runner, true, FIN | ACK, FAR - 1, 0);
+        let half = ends.record(runner);
+        assert_eq!(half.state, before.state | flow_state::FIN_REPLY);
+        assert_eq!(half.timeout, TIMEOUTS.tcp_established, "half closed is open");
+        ends.send(runner, false, FIN | ACK, 0, FAR - 1);
+        let record = ends.record(runner);
+        assert_eq!(record.state, half.state | flow_state::FIN_FORWARD);
+        assert_eq!(record.timeout, TIMEOUTS.tcp_closing);
+    });
+}
+
+#[test]
+fn acknowledgements_are_written_once_for_many_segments() {
+    on_established(|runner, ends| {
+        for reply in [false, true] {
+            let acked = |r: FlowRecord| if reply { r.ack_reply } else { r.ack_forward };
+            let before = ends.record(runner);
+            // The client went first: the backend's bytes are acknowledged so far.
+            let at = if reply { 10 * STEP } else { 0 };
+            ends.send(runner, reply, ACK, at, STEP - 1);
+            assert_eq!(ends.record(runner), before, "written on the established path");
+            ends.send(runner, reply, ACK, at, STEP);
+            assert_eq!(acked(ends.record(runner)), acked(before).wrapping_add(STEP));
+            // Reordered: what is remembered does not go back.
+            ends.send(runner, reply, ACK, at, 0);
+            ends.send(runner, reply, ACK, at, 10 * STEP);
+            ends.send(runner, reply, ACK, at, 9 * STEP);
+            let record = ends.record(runner);
+            assert_eq!(acked(record), acked(before).wrapping_add(10 * STEP));
+            assert_eq!(record.state, before.state);
+            // The window has moved on: what fitted does not any more, what did not does.
+            ends.send(runner, !reply, RST, 0, 0);
+            assert_eq!(ends.record(runner), record);
+            ends.send(runner, !reply, RST, 10 * STEP + NEAR - 1, 0);
+            assert_eq!(ends.record(runner).state, record.state | flow_state::RESET);
+            ends.send(runner, !reply, ACK, 10 * STEP, 0);
+            assert_eq!(ends.record(runner), record);
+        }
+    });
+}
+
+#[test]
+fn refused_connection_is_forgotten_soon_and_a_forged_refusal_changes_nothing() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            for service in ESTABLISHED {
+                let client = ip::client(family, 9);
+                let c = Connection::new(family, IPPROTO_TCP, service, client, CLIENT_PORT);
+                let seen = c.open(runner);
+                let before = record_of(runner, &c).2;
+                for (flags, ack) in [(RST, 0), (RST | ACK, NEAR), (RST | ACK, u32::MAX)] {
+                    let forged = |p: Packet| {
+                        let ack = p.ack.wrapping_add(ack);
+                        p.flags(flags).at(0, ack)
+                    };
+                    assert_eq!(c.reply(runner, &seen, &forged), Way::Works);
+                    assert_eq!(record_of(runner, &c).2, before);
+                }
+                // RFC 9293 section 3.10.7.1: what came is acknowledged, the number is zero.
+                let refusal = |p: Packet| {
+                    let ack = p.ack.wrapping_add(1);
+                    p.flags(RST | ACK).at(0, ack)
+                };
+                assert_eq!(c.reply(runner, &seen, &refusal), Way::Works);
+                let record = record_of(runner, &c).2;
+                assert_eq!(record.state, flow_state::REPLIED | flow_state::RESET);
+                assert_eq!(record.timeout, TIMEOUTS.tcp_closing);
+            }
+        }
+    });
+}
+
+#[test]
+fn acknowledgement_by_somebody_who_did_not_see_the_reply_confirms_nothing() {
+    on_both(World::standard(), |runner, _| {
+        for family in FAMILIES {
+            let client = ip::client(family, 9);
+            let c = Connection::new(family, IPPROTO_TCP, Svc::LocalStack, client, CLIENT_PORT);
+            let seen = c.open(runner);
+            let guess = |ack: u32| {
+                let ack = c.request.ack.wrapping_add(ack);
+                c.request.clone().flags(ACK).at(c.request.seq + 1, ack)
+            };
+            let state = |runner: &dyn Runner| record_of(runner, &c).2.state;
+            assert!(c.send(runner, &guess(1)).is_ok());
+            assert_eq!(state(runner), 0, "nobody has replied");
+            assert_eq!(c.answer(runner, &seen), Way::Works);
+            for ack in ASTRAY {
+                assert!(c.send(runner, &guess(ack)).is_ok());
+                assert_eq!(state(runner), flow_state::REPLIED, "{ack}");
+            }
+            assert!(c.send(runner, &guess(1)).is_ok());
+            assert_eq!(state(runner), flow_state::REPLIED | flow_state::CONFIRMED);
+        }
+    });
+}
+
+#[test]
+fn attempt_with_other_numbers_is_followed_like_the_first() {
+    on_both(World::standard(), |runner, _| {
+        let client = ip::client(Family::V4, 9);
+        let mut c = Connection::new(Family::V4, IPPROTO_TCP, Svc::LocalStack, client, CLIENT_PORT);
+        let seen = c.open(runner);
+        assert_eq!(c.answer(runner, &seen), Way::Works);
+        // The client gave up before the answer came, and tries the same port again.
+        c.request = c.request.at(0x7000_0000, 0x9000_0000);
+        assert!(c.send(runner, &c.request).is_ok());
+        assert_eq!(record_of(runner, &c).2.state, 0);
+        let ends = Ends::establish(runner, &c);
+        let before = ends.record(runner);
+        assert_eq!(before.timeout, TIMEOUTS.tcp_established);
+        ends.send(runner, false, FIN | ACK, 10, 10);
+        ends.send(runner, true, FIN | ACK, 10, 10);
+        assert_eq!(ends.record(runner).timeout, TIMEOUTS.tcp_closing);
+    });
+}
+
+#[test]
+fn syn_sent_again_goes_to_the_same_backend_while_there_is_one() {
+    on_both(World::standard(), |runner, world| {
+        for family in FAMILIES {
+            let client = ip::client(family, 9);
+            let c = Connection::new(family, IPPROTO_TCP, Svc::LocalStack, client, CLIENT_PORT);
+            c.open(runner);
+            let backend = |runner: &dyn Runner| record_of(runner, &c).2.backend;
+            assert_eq!(backend(runner), ip::pod_stack(family));
+            // New connections go elsewhere now, but the backend is there.
+            let mut world = world.clone();
+            let other = world.extent(&[Be::Redirect.id(family, IPPROTO_TCP)]);
+            let key = Svc::LocalStack.key(family, IPPROTO_TCP);
+            world.frontends.get_mut(&key).expect("it is there").external = other;
+            world.settings.epoch += 1;
+            runner.rewrite(&world);
+            for _ in 0..3 {
+                assert!(c.send(runner, &c.request).is_ok());
+                assert_eq!(backend(runner), ip::pod_stack(family));
+            }
+            // It goes: the next attempt meets another one.
+            world.backends[Be::Stack.id(family, IPPROTO_TCP) as usize] = Default::default();
+            runner.rewrite(&world);
+            let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &c.request.bytes());
+            assert_eq!(reason, Reason::DnatLocal);
+            assert_eq!(backend(runner), ip::pod_redirect(family));
+            assert_eq!(live(runner).len(), 1 + (family as usize - Family::V4 as usize));
         }
     });
 }

@@ -12,7 +12,7 @@
 //! destination was rewritten (SNAT) finds its record through `sl_snat_v1`, indexed by the port.
 //! See docs/adr/0001-flow-table.md.
 
-use crate::{Addr, Be16, Mac};
+use crate::{Addr, Be16, Be32, Mac};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
 
 /// Records per set.
@@ -22,13 +22,13 @@ pub const FLOW_WAYS: usize = 16;
 pub mod flow_state {
     /// A reply was seen.
     pub const REPLIED: u32 = 1 << 0;
-    /// The client sent FIN.
+    /// The client sent FIN, in its window.
     pub const FIN_FORWARD: u32 = 1 << 1;
-    /// The backend sent FIN.
+    /// The backend sent FIN, in its window.
     pub const FIN_REPLY: u32 = 1 << 2;
-    /// Either side sent RST.
+    /// Either side sent RST, in its window, and neither has gone on since.
     pub const RESET: u32 = 1 << 3;
-    /// Both sides are real: the client went on after the reply (TCP; the answer to a forged SYN
+    /// Both sides are real: the client acknowledged the reply (TCP; the answer to a forged SYN
     /// goes to somebody who did not ask), or a reply was seen (UDP). The record is not given away
     /// under pressure and lives for the long timeout.
     pub const CONFIRMED: u32 = 1 << 4;
@@ -150,8 +150,9 @@ pub struct FlowRecord {
     pub state: u32,
     /// Source address as the backend sees it; equals `client` without SNAT.
     pub source: Addr,
-    /// Low 32 bits of jiffies when the record was decided.
-    pub decided: u32,
+    /// TCP: what the client has acknowledged of the backend's bytes, a little behind. Before the
+    /// backend's first reply nothing, then its sequence number.
+    pub ack_forward: u32,
     /// Where requests leave.
     pub forward: Exit,
 
@@ -163,8 +164,13 @@ pub struct FlowRecord {
     pub snat: u32,
     /// How long the record lives without packets in its present state, in jiffies.
     pub timeout: u32,
+    /// Low 32 bits of jiffies when the record was decided.
+    pub decided: u32,
+    /// TCP: what the backend has acknowledged of the client's bytes, a little behind. At first the
+    /// client's sequence number.
+    pub ack_reply: u32,
     /// Zero; room for growth.
-    pub reserved2: [u32; 8],
+    pub reserved2: [u32; 6],
 }
 
 /// Value of `sl_flow_v1`: sixteen connections. 3,136 bytes.
@@ -204,8 +210,12 @@ pub struct Scratch {
     /// Source ports towards the backend that other connections of the client have: bit `n` is the
     /// client's port with its top two bits exclusive-or `n`.
     pub taken: u32,
+    /// The packet's TCP sequence number; 0 for UDP.
+    pub seq: Be32,
+    /// The packet's TCP acknowledgement number; 0 for UDP.
+    pub ack: Be32,
     /// Zero; room for growth.
-    pub reserved: [u32; 7],
+    pub reserved: [u32; 5],
 }
 
 /// What a decision needs to know beside the draft's tuple, tunnel and way back. 24 bytes.

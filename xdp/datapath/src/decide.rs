@@ -9,7 +9,7 @@ use crate::flow::{self, Found, Inserted, Tuple};
 use crate::hash;
 use crate::parse::{Ip, Transport};
 use crate::verdict::{Step, Stop};
-use crate::wire::{Ethernet, TCP_FIN, TCP_RST, TCP_SYN};
+use crate::wire::{Ethernet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use sluice_abi::{
     Addr, Ask, Backend, Be16, Delivery, Exit, ExitKind, Extent, Family, FlowRecord, Frontend,
     FrontendKey, IPPROTO_TCP, Pod, Reason, Route, Scratch, Seeds, Settings, SnatSlot, Timeouts,
@@ -97,6 +97,8 @@ pub fn stash(scratch: At<'_, Scratch>, ip: &Ip<'_>, transport: &Transport<'_>) {
     put!(draft, client_port, transport.src);
     put!(draft, vip_port, transport.dst);
     put!(draft, proto, ip.proto);
+    field!(scratch, Scratch, seq).set(transport.seq);
+    field!(scratch, Scratch, ack).set(transport.ack);
 }
 
 /// The stashed five-tuple.
@@ -192,7 +194,7 @@ fn decide<E: Env>(
     }
     put!(draft, service, field!(frontend, Frontend, service).get());
     let extent = admit(env, settings, frontend, draft, ask)?;
-    begin(settings, draft, env.now());
+    begin(settings, scratch, env.now());
     choose_backend(env, settings, frontend, draft, extent).ok_or(Reason::TableBroken)?;
     let client = field!(draft, FlowRecord, client).get();
     if client == field!(draft, FlowRecord, backend).get() {
@@ -250,7 +252,8 @@ fn admit<E: Env>(
 
 /// No state yet, and the source as it is.
 #[inline(always)]
-fn begin(settings: At<'_, Settings>, draft: At<'_, FlowRecord>, now: u32) {
+fn begin(settings: At<'_, Settings>, scratch: At<'_, Scratch>, now: u32) {
+    let draft = field!(scratch, Scratch, draft);
     let v6 = field!(draft, FlowRecord, vip).get().family() == Family::V6;
     let timeouts = field!(settings, Settings, timeouts);
     let proto = field!(draft, FlowRecord, proto).get();
@@ -260,6 +263,8 @@ fn begin(settings: At<'_, Settings>, draft: At<'_, FlowRecord>, now: u32) {
     put!(draft, source_port, field!(draft, FlowRecord, client_port).get());
     put!(draft, snat, 0);
     put!(draft, state, 0);
+    put!(draft, ack_forward, 0);
+    put!(draft, ack_reply, field!(scratch, Scratch, seq).get().host());
     put!(draft, timeout, flow::timeout(timeouts, proto, 0));
     put!(draft, seen, now);
     put!(draft, decided, now);
@@ -330,10 +335,14 @@ fn give_back<E: Env>(env: &E, index_plus_one: u32, old: SnatSlot, new: SnatSlot)
 #[inline(always)]
 pub fn is_stale<E: Env>(env: &E, settings: At<'_, Settings>, found: &Found<'_>) -> bool {
     let r = found.record;
-    let age = env.now().wrapping_sub(field!(r, FlowRecord, decided).get());
+    let now = env.now();
     let timeouts = field!(settings, Settings, timeouts);
+    // The age is asked for when the stamp is old, because it stands in another cache line.
     field!(r, FlowRecord, epoch).get() != field!(settings, Settings, epoch).get()
-        || age > field!(timeouts, Timeouts, redecide).get()
+        || now.wrapping_sub(field!(r, FlowRecord, seen).get())
+            > field!(timeouts, Timeouts, stamp).get()
+            && now.wrapping_sub(field!(r, FlowRecord, decided).get())
+                > field!(timeouts, Timeouts, redecide).get()
 }
 
 /// Decides a record anew: the ways out, with the backend that it has. A backend that is gone from
@@ -385,9 +394,8 @@ fn renew<E: Env>(
 /// senseless flag combinations, and consistent hashing finds the backend that it had.
 #[inline(always)]
 fn may_begin(flags: u8, replace: bool) -> bool {
-    const ACK: u8 = 0x10;
     let syn = flags & TCP_SYN != 0;
-    if flags & TCP_RST != 0 || syn && flags & (TCP_FIN | ACK) != 0 || flags & 0x3f == 0 {
+    if flags & TCP_RST != 0 || syn && flags & (TCP_FIN | TCP_ACK) != 0 || flags & 0x3f == 0 {
         return false;
     }
     syn || replace

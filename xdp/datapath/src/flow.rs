@@ -5,10 +5,10 @@ use crate::csum::Sum;
 use crate::env::Env;
 use crate::field;
 use crate::hash::{self, FlowHash};
-use crate::wire::{TCP_RST, TCP_SYN};
+use crate::tcp;
 use sluice_abi::{
-    Addr, Be16, FLOW_WAYS, FlowRecord, FlowSet, IPPROTO_TCP, Scratch, Seeds, Settings, SnatSlot,
-    Timeouts, flow_state, flow_tag, maps,
+    Addr, Backend, Be16, FLOW_WAYS, FlowRecord, FlowSet, IPPROTO_TCP, Scratch, Seeds, Settings,
+    SnatSlot, Timeouts, flow_state, flow_tag, maps,
 };
 
 /// A connection's record, found.
@@ -51,12 +51,30 @@ pub fn release<E: Env>(env: &E, found: &Found<'_>) {
     }
 }
 
-/// Whether a request begins a new connection on the tuple of one that has ended: a SYN after a FIN
-/// or an RST. It is decided anew, because the backend may be gone.
+/// Whether a request begins a new connection on the tuple of one that is over: a SYN after an RST or
+/// a FIN of each side, or one to a backend that is gone and with which nothing was agreed yet. It is
+/// decided anew.
 #[inline(always)]
-pub fn begins_anew(r: At<'_, FlowRecord>, tcp_flags: u8) -> bool {
-    let ended = flow_state::FIN_FORWARD | flow_state::FIN_REPLY | flow_state::RESET;
-    tcp_flags & (TCP_SYN | TCP_RST) == TCP_SYN && field!(r, FlowRecord, state).get() & ended != 0
+pub fn begins_anew<E: Env>(env: &E, r: At<'_, FlowRecord>, tcp_flags: u8) -> bool {
+    const FINS: u32 = flow_state::FIN_FORWARD | flow_state::FIN_REPLY;
+    if !tcp::is_syn(tcp_flags) {
+        return false;
+    }
+    let state = field!(r, FlowRecord, state).get();
+    if state & flow_state::RESET != 0 || state & FINS == FINS {
+        return true;
+    }
+    let agreed = state & flow_state::CONFIRMED != 0 && state & FINS == 0;
+    !agreed && !has_backend(env, r)
+}
+
+/// Whether the tables still have the record's backend.
+#[inline(always)]
+pub fn has_backend<E: Env>(env: &E, r: At<'_, FlowRecord>) -> bool {
+    env.backend(field!(r, FlowRecord, backend_id).get()).is_some_and(|backend| {
+        field!(backend, Backend, addr).get() == field!(r, FlowRecord, backend).get()
+            && field!(backend, Backend, port).get() == field!(r, FlowRecord, backend_port).get()
+    })
 }
 
 /// A packet's five-tuple.

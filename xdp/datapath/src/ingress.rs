@@ -12,7 +12,7 @@ use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan};
 use sluice_abi::{
     Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
-    Settings, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
+    Scratch, Settings, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
 };
 
 /// Ethernet, UDP and VXLAN headers: the outer headers without the IP header.
@@ -234,7 +234,7 @@ fn serve<'e, E: Env>(
         let decided = decide::ask(env, scratch, transport.flags, origin, request);
         (decided.map_err(|stop| nobodys(stop, origin))?, Direction::Forward)
     };
-    replay_flow(env, settings, packet, transport, &decided, direction, origin, port)
+    replay_flow(env, settings, scratch, packet, transport, &decided, direction, origin, port)
 }
 
 /// "No Service" has another name for what came out of a tunnel.
@@ -275,7 +275,7 @@ fn known<'e, E: Env>(
         // Decided at TC: the client is a pod of this node, which does not speak over the wire.
         return Err(stop(Reason::Martian));
     }
-    if flow::begins_anew(r, tcp_flags) {
+    if flow::begins_anew(env, r, tcp_flags) {
         flow::release(env, &found);
         return Ok(None);
     }
@@ -312,6 +312,7 @@ fn check_reply_tunnel(found: &Found<'_>, origin: &Origin<'_>) -> Step<()> {
 fn replay_flow<'e, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
+    scratch: At<'_, Scratch>,
     packet: &Located<'_>,
     transport: &Transport<'_>,
     decided: &Decided<'e>,
@@ -338,7 +339,7 @@ fn replay_flow<'e, E: Env>(
     rewrite.write(&packet.ip, transport, door.takes_hop());
     rewrite.write_checksum(packet.ip.proto, transport);
     let inside = replay::address(&door, packet, Some(transport), port);
-    replay::touch(env, settings, found, transport.flags, is_reply);
+    replay::touch(env, settings, scratch, found, transport.flags, is_reply);
     if !found.is_still_there() {
         return Err(stop(Reason::FlowChanged.into()));
     }

@@ -33,5 +33,6 @@ pub mod ingress;
 pub mod parse;
 pub mod replay;
 pub mod tc;
+pub mod tcp;
 pub mod verdict;
 pub mod wire;

@@ -10,7 +10,7 @@ use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, FRAGMENT_MASK, Ipv4,
     Ipv6, NEXT_HEADER_FRAGMENT, Ports, Tcp, Udp, is_extension_header,
 };
-use sluice_abi::{Addr, Be16, Family, IPPROTO_TCP, IPPROTO_UDP, Reason};
+use sluice_abi::{Addr, Be16, Be32, Family, IPPROTO_TCP, IPPROTO_UDP, Reason};
 
 /// The network header in the packet.
 #[derive(Clone, Copy)]
@@ -87,6 +87,10 @@ pub struct Transport<'a> {
     pub checksum: At<'a, Be16>,
     /// TCP control bits; 0 for UDP.
     pub flags: u8,
+    /// TCP sequence number; 0 for UDP.
+    pub seq: Be32,
+    /// TCP acknowledgement number; 0 for UDP.
+    pub ack: Be32,
 }
 
 /// The Ethernet header at the start of `view`, and the IP packet behind it.
@@ -191,7 +195,8 @@ fn tcp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
     let ports = field!(at, Tcp, ports);
     let Ports { src, dst } = ports.get();
     let flags = field!(at, Tcp, flags).get();
-    Ok(Transport { ports, src, dst, checksum: field!(at, Tcp, checksum), flags })
+    let (seq, ack) = (field!(at, Tcp, seq).get(), field!(at, Tcp, ack).get());
+    Ok(Transport { ports, src, dst, checksum: field!(at, Tcp, checksum), flags, seq, ack })
 }
 
 #[inline(always)]
@@ -203,5 +208,7 @@ fn udp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
     }
     let ports = field!(at, Udp, ports);
     let Ports { src, dst } = ports.get();
-    Ok(Transport { ports, src, dst, checksum: field!(at, Udp, checksum), flags: 0 })
+    let none = Be32::new(0);
+    let checksum = field!(at, Udp, checksum);
+    Ok(Transport { ports, src, dst, checksum, flags: 0, seq: none, ack: none })
 }

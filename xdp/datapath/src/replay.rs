@@ -9,11 +9,12 @@ use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
 use crate::parse::{Ip, L3, Transport};
+use crate::tcp;
 use crate::verdict::{Action, Owner, Step, Stop, Verdict};
-use crate::wire::{Ethernet, Ipv4, Ipv6, Ports, TCP_FIN, TCP_RST, TCP_SYN, Tcp, Udp};
+use crate::wire::{Ethernet, Ipv4, Ipv6, Ports, Tcp, Udp};
 use sluice_abi::{
     Addr, Be16, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod, Reason,
-    Settings, Timeouts, Tunnel, Vtep, flow_state,
+    Scratch, Settings, Timeouts, Tunnel, Vtep, flow_state,
 };
 
 /// A parsed packet inside its frame.
@@ -349,11 +350,12 @@ fn out_of<F: Frame>(frame: &F, ifindex: u32) -> Action {
 }
 
 /// Renews a record's time stamp and state, both only when they change: the established path does
-/// not write.
+/// not write. The packet stands in `scratch`.
 #[inline(always)]
 pub fn touch<E: Env>(
     env: &E,
     settings: At<'_, Settings>,
+    scratch: At<'_, Scratch>,
     found: &Found<'_>,
     flags: u8,
     reply: bool,
@@ -365,24 +367,20 @@ pub fn touch<E: Env>(
     if now.wrapping_sub(seen.get()) > field!(timeouts, Timeouts, stamp).get() {
         seen.set(now);
     }
-    let mut bits = if reply { flow_state::REPLIED } else { 0 };
-    if flags & TCP_FIN != 0 {
-        bits |= if reply { flow_state::FIN_REPLY } else { flow_state::FIN_FORWARD };
-    }
-    if flags & TCP_RST != 0 {
-        bits |= flow_state::RESET;
-    }
+    let proto = field!(r, FlowRecord, proto).get();
     let state = field!(r, FlowRecord, state);
     let old = state.get();
-    let tcp = field!(r, FlowRecord, proto).get() == IPPROTO_TCP;
-    let answered = !reply && flags & TCP_SYN == 0 && old & flow_state::REPLIED != 0;
-    if answered || reply && !tcp {
-        bits |= flow_state::CONFIRMED;
-    }
-    let new = old | bits;
+    let new = if proto == IPPROTO_TCP {
+        tcp::after(r, scratch, old, flags, reply)
+    } else if reply {
+        old | flow_state::REPLIED | flow_state::CONFIRMED
+    } else {
+        old
+    };
     if new != old {
-        state.set(new);
-        let proto = field!(r, FlowRecord, proto).get();
-        field!(r, FlowRecord, timeout).set(flow::timeout(timeouts, proto, new));
+        // Through memory, where the verifier does not follow: else each state would be one to it.
+        state.set_now(new);
+        let limit = flow::timeout(timeouts, proto, state.get_now());
+        field!(r, FlowRecord, timeout).set(limit);
     }
 }

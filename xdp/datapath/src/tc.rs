@@ -119,7 +119,7 @@ fn to_client<'e, E: Env>(
     }
     let rewrite = Rewrite::reply(r);
     rewrite.write(&packet.ip, &transport, false);
-    replay::touch(env, settings, &found, transport.flags, true);
+    replay::touch(env, settings, scratch, &found, transport.flags, true);
     let owner = owner(r, Direction::Reply, false);
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
@@ -177,7 +177,7 @@ fn short_cut<'e, E: Env>(
     field!(packet.eth, Ethernet, src).copy_from(src_mac);
     let rewrite = Rewrite::reply(r);
     rewrite.write(&packet.ip, transport, true);
-    replay::touch(env, settings, &found, transport.flags, true);
+    replay::touch(env, settings, scratch, &found, transport.flags, true);
     let owner = owner(r, Direction::Reply, false);
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
@@ -217,11 +217,11 @@ fn way_kind(exit: At<'_, Exit>) -> u8 {
 /// Whether a record was decided here and goes on. One that was made on the wire in the pod's name,
 /// before the pod was known, is not.
 #[inline(always)]
-fn is_ours(found: &Found<'_>, tcp_flags: u8) -> bool {
+fn is_ours<E: Env>(env: &E, found: &Found<'_>, tcp_flags: u8) -> bool {
     let r = found.record;
     way_kind(field!(r, FlowRecord, reply)) == ExitKind::Stack as u8
         && field!(r, FlowRecord, flags).get() & record_flags::SNAT == 0
-        && !flow::begins_anew(r, tcp_flags)
+        && !flow::begins_anew(env, r, tcp_flags)
 }
 
 /// A pod's request to a Service: translated here, routed by the kernel.
@@ -237,7 +237,7 @@ fn pod_request<'e, E: Env>(
         .ok_or(Reason::TableBroken)?;
     let origin = Origin { tunnel: 0, in_cluster: true, snat: false, ifindex: 0, eth: packet.outer };
     let request = match flow::find_request(&place, &decide::stashed(scratch)) {
-        Some(found) if !is_ours(&found, transport.flags) => {
+        Some(found) if !is_ours(env, &found, transport.flags) => {
             flow::release(env, &found);
             None
         }
@@ -250,7 +250,7 @@ fn pod_request<'e, E: Env>(
     let found = &decided.found;
     let rewrite = Rewrite::request(found.record);
     rewrite.write(&packet.ip, transport, false);
-    replay::touch(env, settings, found, transport.flags, false);
+    replay::touch(env, settings, scratch, found, transport.flags, false);
     let owner = owner(found.record, Direction::Forward, decided.new);
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });

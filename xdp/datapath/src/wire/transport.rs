@@ -53,3 +53,5 @@ pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
 /// Control bit RST.
 pub const TCP_RST: u8 = 0x04;
+/// The acknowledgement number counts.
+pub const TCP_ACK: u8 = 0x10;
