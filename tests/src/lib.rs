@@ -16,6 +16,7 @@ pub mod judge;
 pub mod kernel;
 pub mod netns;
 pub mod packet;
+pub mod random;
 pub mod shared_data;
 pub mod wire;
 pub mod world;

@@ -13,6 +13,7 @@ use sluice_tests::fixtures::{from_peer, tunnel_macs};
 use sluice_tests::host::Host;
 use sluice_tests::judge::agree;
 use sluice_tests::netns::with_kernel;
+use sluice_tests::random::Random;
 use sluice_tests::shared_data;
 use sluice_tests::world::{FAMILIES, World, dev, ip, mac};
 
@@ -59,21 +60,28 @@ fn frame(link: DataLink, data: &[u8]) -> Vec<u8> {
     [&mac::UPLINK.0[..], &mac::GATEWAY.0, &ethertype, data].concat()
 }
 
+/// Every hook.
+const HOOKS: &[Hook] = &[Hook::Xdp, Hook::TcIngress, Hook::TcEgress];
+
+/// What becomes of a captured frame before it is sent: any number of frames.
+type Change = fn(&[u8], &mut Random) -> Vec<Vec<u8>>;
+
 /// Runs every captured frame, as `change` makes it, at every hook that `hooks` names.
 fn replay(
     test: &str,
     world: World,
     hooks: &'static [Hook],
-    change: fn(&[u8]) -> Vec<Vec<u8>>,
+    change: Change,
 ) -> BTreeMap<Reason, u32> {
     let Some(files) = shared_data::files(test, "pcaps") else { return BTreeMap::new() };
     let reasons = with_kernel(move |kernel| {
         kernel.fill(&world);
         let mut host = Host::new(&world);
+        let mut random = Random::new(0x5eed_0000_0000_0003);
         let mut reasons = BTreeMap::new();
         for path in &files {
             for frame in frames(path) {
-                for frame in change(&frame) {
+                for frame in change(&frame, &mut random) {
                     for &hook in hooks {
                         let reason = agree(&mut host, kernel, hook, dev::UPLINK, &frame);
                         *reasons.entry(reason).or_insert(0) += 1;
@@ -88,55 +96,111 @@ fn replay(
     reasons
 }
 
+/// Nobody in the captures speaks to our Services.
+fn nothing_is_translated(reasons: &BTreeMap<Reason, u32>) {
+    assert!(reasons.keys().all(|r| r.kind() != VerdictKind::Forward), "{reasons:?}");
+}
+
+/// The standard world, where every tunnel end may send whatever it does.
+fn trusting_world() -> World {
+    let mut world = World::standard();
+    for vtep in &mut world.vteps {
+        vtep.pod_nets = [PodNet { net: Addr::NONE, mask: Addr::NONE }; 4];
+    }
+    world
+}
+
+/// The frame behind `tags`.
+fn tagged(frame: &[u8], tags: &[[u8; 4]]) -> Vec<u8> {
+    let at = frame.len().min(12);
+    [&frame[..at], tags.concat().as_slice(), &frame[at..]].concat()
+}
+
+/// The frame inside VXLAN from a known tunnel end, for our device; nothing if it does not fit.
+fn wrapped(frame: &[u8], underlay: Family) -> Option<Vec<u8>> {
+    let mut inside = frame.to_vec();
+    if let Some(dst) = inside.get_mut(..6) {
+        dst.copy_from_slice(&tunnel_macs(underlay).0.0);
+    }
+    (frame.len() < 9000).then(|| from_peer(underlay, &inside).bytes())
+}
+
+/// Cut at two random places.
+fn cut(frame: &[u8], random: &mut Random) -> Vec<Vec<u8>> {
+    // Most headers end early, so one of the places is there.
+    [frame.len(), frame.len().min(100)]
+        .into_iter()
+        .map(|reach| frame[..random.below(reach + 1)].to_vec())
+        .collect()
+}
+
 #[test]
 fn captured_frames_break_nothing_at_any_hook() {
     let test = "captured_frames_break_nothing_at_any_hook";
-    let hooks = &[Hook::Xdp, Hook::TcIngress, Hook::TcEgress];
-    let reasons = replay(test, World::standard(), hooks, |frame| vec![frame.to_vec()]);
-    // Nobody in the captures speaks to our Services.
-    assert!(reasons.keys().all(|r| r.kind() != VerdictKind::Forward), "{reasons:?}");
+    let reasons = replay(test, World::standard(), HOOKS, |frame, _| vec![frame.to_vec()]);
+    nothing_is_translated(&reasons);
+}
+
+#[test]
+fn captured_frames_behind_one_and_two_tags_break_nothing_at_any_hook() {
+    let test = "captured_frames_behind_one_and_two_tags_break_nothing_at_any_hook";
+    let reasons = replay(test, World::standard(), HOOKS, |frame, _| {
+        // IEEE 802.1Q: a tag with VLAN 5; 802.1ad: a service tag and a priority tag behind it.
+        let (c, s, priority) = ([0x81, 0, 0, 5], [0x88, 0xa8, 0x10, 9], [0x81, 0, 0xe0, 0]);
+        vec![tagged(frame, &[c]), tagged(frame, &[s, priority])]
+    });
+    nothing_is_translated(&reasons);
+}
+
+#[test]
+fn captured_frames_cut_anywhere_break_nothing_at_any_hook() {
+    let test = "captured_frames_cut_anywhere_break_nothing_at_any_hook";
+    let reasons = replay(test, World::standard(), HOOKS, cut);
+    nothing_is_translated(&reasons);
 }
 
 #[test]
 fn captured_frames_break_nothing_inside_a_tunnel() {
     let test = "captured_frames_break_nothing_inside_a_tunnel";
-    let mut world = World::standard();
-    for vtep in &mut world.vteps {
-        // Whoever sent it may send it.
-        vtep.pod_nets = [PodNet { net: Addr::NONE, mask: Addr::NONE }; 4];
-    }
-    replay(test, world, &[Hook::Xdp], |frame| {
-        let wrap = |underlay: Family| {
-            let mut inside = frame.to_vec();
-            if let Some(dst) = inside.get_mut(..6) {
-                dst.copy_from_slice(&tunnel_macs(underlay).0.0);
-            }
-            from_peer(underlay, &inside).bytes()
-        };
-        FAMILIES.into_iter().filter(|_| frame.len() < 9000).map(wrap).collect()
+    replay(test, trusting_world(), HOOKS, |frame, _| {
+        FAMILIES.into_iter().filter_map(|underlay| wrapped(frame, underlay)).collect()
     });
+}
+
+#[test]
+fn captured_frames_cut_and_tagged_break_nothing_inside_a_tunnel() {
+    let test = "captured_frames_cut_and_tagged_break_nothing_inside_a_tunnel";
+    replay(test, trusting_world(), &[Hook::Xdp], |frame, random| {
+        let mut inner = cut(frame, random);
+        inner.push(tagged(frame, &[[0x81, 0, 0, 5]]));
+        let outer = |inner: &Vec<u8>| {
+            let whole = wrapped(inner, FAMILIES[random.below(2)])?;
+            // The tunnel's own headers are cut too, and behind a tag.
+            let mut frames = cut(&whole, random);
+            frames.extend([tagged(&whole, &[[0x81, 0, 0, 5]]), whole]);
+            Some(frames)
+        };
+        inner.iter().filter_map(outer).flatten().collect()
+    });
+}
+
+/// The frame inside VXLAN, addressed to a pod of this node; nothing for what is not IP.
+fn for_our_pod(frame: &[u8]) -> Option<Vec<u8>> {
+    let mut inside = frame.to_vec();
+    let (at, pod) = match inside.get(12..14) {
+        Some([0x08, 0x00]) => (30, ip::pod_redirect(Family::V4).v4_bytes().to_vec()),
+        Some([0x86, 0xdd]) => (38, ip::pod_redirect(Family::V6).0.to_vec()),
+        _ => return None,
+    };
+    inside.get_mut(at..at + pod.len())?.copy_from_slice(&pod);
+    wrapped(&inside, Family::V4)
 }
 
 #[test]
 fn captured_frames_for_our_pod_are_delivered_or_dropped_alike() {
     let test = "captured_frames_for_our_pod_are_delivered_or_dropped_alike";
-    let mut world = World::standard();
-    for vtep in &mut world.vteps {
-        vtep.pod_nets = [PodNet { net: Addr::NONE, mask: Addr::NONE }; 4];
-    }
-    let reasons = replay(test, world, &[Hook::Xdp], |frame| {
-        let mut inside = frame.to_vec();
-        let (at, pod) = match inside.get(12..14) {
-            Some([0x08, 0x00]) => (30, ip::pod_redirect(Family::V4).v4_bytes().to_vec()),
-            Some([0x86, 0xdd]) => (38, ip::pod_redirect(Family::V6).0.to_vec()),
-            _ => return Vec::new(),
-        };
-        let Some(dst) = inside.get_mut(at..at + pod.len()) else { return Vec::new() };
-        dst.copy_from_slice(&pod);
-        if let Some(dst) = inside.get_mut(..6) {
-            dst.copy_from_slice(&tunnel_macs(Family::V4).0.0);
-        }
-        vec![from_peer(Family::V4, &inside).bytes()]
+    let reasons = replay(test, trusting_world(), &[Hook::Xdp], |frame, _| {
+        for_our_pod(frame).into_iter().collect()
     });
     if !reasons.is_empty() {
         assert!(reasons.contains_key(&Reason::DecapLocal), "{reasons:?}");

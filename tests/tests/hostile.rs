@@ -6,27 +6,12 @@ use sluice_tests::fixtures;
 use sluice_tests::host::Host;
 use sluice_tests::judge::{Runner, agree, in_kernel};
 use sluice_tests::netns::with_kernel;
+use sluice_tests::random::Random;
 use sluice_tests::world::{World, dev};
 
 /// Changed frames of each fixture. Each costs a BPF_PROG_TEST_RUN, which waits for RCU.
 const CHANGES: usize = 4;
 const _: () = assert!(CHANGES < FLOW_WAYS);
-
-/// xorshift64 (Marsaglia, 2003): the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-}
 
 /// A frame with one to four bytes changed, more often in the headers, and sometimes cut or longer.
 fn change(frame: &[u8], random: &mut Random) -> Vec<u8> {
@@ -52,7 +37,7 @@ fn change(frame: &[u8], random: &mut Random) -> Vec<u8> {
 #[test]
 fn changed_bytes_never_tell_host_and_kernel_apart() {
     with_kernel(|kernel| {
-        let mut random = Random(0x5eed_0000_0000_0001);
+        let mut random = Random::new(0x5eed_0000_0000_0001);
         let (mut frames, mut forwarded) = (0, 0);
         for world in [World::standard(), World::replacing()] {
             kernel.fill(&world);
@@ -85,7 +70,7 @@ fn changed_bytes_never_tell_host_and_kernel_apart() {
 #[test]
 fn noise_never_tells_host_and_kernel_apart() {
     with_kernel(|kernel| {
-        let mut random = Random(0x5eed_0000_0000_0002);
+        let mut random = Random::new(0x5eed_0000_0000_0002);
         let world = World::standard();
         let mut host = Host::new(&world);
         kernel.fill(&world);
