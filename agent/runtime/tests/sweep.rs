@@ -12,7 +12,9 @@ use node::{Node, in_namespace};
 use sluice::attach::Attacher;
 use sluice::maps::{FlowTable, Pins, Plain};
 use sluice::sweep::{Sweeper, forget_udp};
-use sluice_abi::{FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, flow_tag, maps};
+use sluice_abi::{
+    Backend, FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, flow_tag, maps,
+};
 
 const NOW: u32 = 100_000;
 const FIRST_PORT: u16 = 16_384;
@@ -176,5 +178,23 @@ fn consistent_hash_entries_are_read_as_they_were_written() {
         // The kernel sees the same.
         let array = tables.array::<u32>(maps::MAGLEV);
         assert_eq!(array.get(&4093, 0).unwrap().0, 4);
+    });
+}
+
+/// Read by the thousand: the first and the last of the map, and both sides of where one reading
+/// ends and the next begins.
+#[test]
+fn used_entries_of_an_array_are_found_wherever_they_stand() {
+    in_namespace(|node| {
+        let sizes = sluice::config::Maps { backends: 10_000, ..node.maps() };
+        let programs = Attacher::load(&node.pin_dir, &sizes).unwrap();
+        let mut backends = programs.pins().backends().unwrap();
+        assert_eq!(backends.used().unwrap(), []);
+        let entry = |id: u32| Backend { index: id, route: 1, ..Backend::default() };
+        let ids = [0, 1, 4095, 4096, 4097, 8191, 8192, 9999];
+        for id in ids {
+            backends.write(id, entry(id)).unwrap();
+        }
+        assert_eq!(backends.used().unwrap(), ids.map(|id| (id, entry(id))));
     });
 }

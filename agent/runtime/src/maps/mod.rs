@@ -2,9 +2,11 @@
 //!
 //! A value crosses into the kernel as its bytes; [`Plain`] is the one place that says so to aya.
 
+mod batch;
 mod mapped;
 mod shape;
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
@@ -121,12 +123,11 @@ impl Pins {
         &self,
         name: &'static str,
     ) -> Result<ArrayTable<T>, MapsError> {
-        let array = Array::try_from(self.map(name)?).map_err(|source| MapsError::Map {
-            name,
-            what: "open as an array",
-            source,
-        })?;
-        Ok(ArrayTable { name, array })
+        let fail = |source| MapsError::Map { name, what: "open as an array", source };
+        let data = self.data(name)?;
+        let fd = data.fd().as_fd().try_clone_to_owned().map_err(|e| fail(MapError::IoError(e)))?;
+        let map = Map::from_map_data(data).map_err(fail)?;
+        Ok(ArrayTable { name, array: Array::try_from(map).map_err(fail)?, fd })
     }
 
     fn hash<K, V>(&self, name: &'static str) -> Result<HashTable<K, V>, MapsError>
@@ -218,6 +219,8 @@ impl Pins {
 pub struct ArrayTable<T: IntoBytes + FromBytes + Immutable + Copy + 'static> {
     name: &'static str,
     array: Array<MapData, Plain<T>>,
+    /// The same map.
+    fd: OwnedFd,
 }
 
 impl<T: IntoBytes + FromBytes + Immutable + Copy + 'static> ArrayTable<T> {
@@ -251,11 +254,21 @@ impl<T: IntoBytes + FromBytes + Immutable + Copy + 'static> ArrayTable<T> {
 
     /// All entries that are not all zero, with their index.
     pub fn used(&self) -> Result<Vec<(u32, T)>, MapsError> {
+        /// Entries that are read at once.
+        const CHUNK: u32 = 4096;
+        let fail =
+            |e| MapsError::Map { name: self.name, what: "read", source: MapError::IoError(e) };
         let mut found = Vec::new();
-        for index in 0..self.len() {
-            let value = self.read(index)?;
-            if value.as_bytes().iter().any(|b| *b != 0) {
-                found.push((index, value));
+        for first in (0..self.len()).step_by(CHUNK as usize) {
+            let count = CHUNK.min(self.len() - first);
+            let bytes =
+                batch::values(self.fd.as_fd(), first, count, size_of::<T>()).map_err(fail)?;
+            for (index, value) in (first..).zip(bytes.chunks_exact(size_of::<T>())) {
+                if let Ok(value) = T::read_from_bytes(value)
+                    && value.as_bytes().iter().any(|b| *b != 0)
+                {
+                    found.push((index, value));
+                }
             }
         }
         Ok(found)
