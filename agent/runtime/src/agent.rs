@@ -10,7 +10,7 @@ use crate::attach::{AttachError, Attacher};
 use crate::config::{Config, ConfigError, SourceKind};
 use crate::describe::causes;
 use crate::netlink::{self, NetlinkError};
-use crate::run_dir::{RunDir, RunDirError};
+use crate::run_dir::{RunDir, RunDirError, Status};
 use crate::source::{Listing, SourceError, file};
 use crate::state::{State, StepError};
 
@@ -68,6 +68,7 @@ async fn serve(config: Config, config_path: PathBuf) -> Result<(), AgentError> {
 
     let run_dir = RunDir::new(&config.run_dir);
     let _lock = run_dir.lock()?;
+    announce(&run_dir, &config)?;
     let mut attacher = Attacher::load(&config.pin_dir, &config.maps)?;
     let hz = measure_hz(&mut attacher).await?;
     tracing::info!(
@@ -138,6 +139,23 @@ async fn serve(config: Config, config_path: PathBuf) -> Result<(), AgentError> {
         "stopped; programs, connections and tables stay (`sluice cleanup` removes them)"
     );
     Ok(())
+}
+
+/// Says that this agent is starting, in place of what an earlier one said. What that one had attached
+/// is still there.
+fn announce(run_dir: &RunDir, config: &Config) -> Result<(), RunDirError> {
+    let earlier = run_dir.status()?.unwrap_or_default();
+    run_dir.write_status(&Status {
+        ready: false,
+        not_ready: vec![Status::STARTING.to_owned()],
+        node: config.node_name(),
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        generation: 0,
+        held: None,
+        errors: Vec::new(),
+        ..earlier
+    })
 }
 
 /// Takes `first` and whatever else is there by now; kernel news come in flocks.

@@ -117,6 +117,12 @@ impl RunDir {
             .is_ok_and(|file| Flock::lock(file, FlockArg::LockSharedNonblock).is_err())
     }
 
+    /// Whether the agent that runs is the one that wrote `status`.
+    pub fn is_of_holder(&self, status: &Status) -> bool {
+        let holder = std::fs::read_to_string(self.file("lock")).unwrap_or_default();
+        holder.trim().parse() == Ok(status.pid)
+    }
+
     fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<(), RunDirError> {
         let path = self.file(name);
         let beside = self.file(&format!("{name}.new"));
@@ -260,6 +266,11 @@ pub struct Status {
     pub notes: Vec<String>,
     /// What fails at the moment and is tried again.
     pub errors: Vec<String>,
+}
+
+impl Status {
+    /// What an agent that is not ready says before it knows more.
+    pub const STARTING: &str = "the agent is starting";
 }
 
 /// Entries in the tables.

@@ -584,7 +584,11 @@ impl State {
     }
 
     fn status(&self) -> Status {
-        let interfaces = self.attacher.interfaces().clone();
+        // Until the first list nothing is done to what an earlier agent attached: it works on.
+        let interfaces = match self.snapshot {
+            Some(_) => self.attacher.interfaces().clone(),
+            None => self.attacher.earlier().clone(),
+        };
         let mut not_ready = Vec::new();
         if self.snapshot.is_none() {
             not_ready.push("waiting for the first complete list of objects".to_owned());

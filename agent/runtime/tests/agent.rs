@@ -243,6 +243,29 @@ fn nothing_is_removed_while_the_objects_cannot_be_read() {
 }
 
 #[test]
+fn agent_that_starts_is_not_ready_because_its_predecessor_was() {
+    in_namespace(|node| {
+        let instance = Instance::new(node);
+        let agent = instance.start();
+        instance.until_ready(&agent);
+        drop(agent);
+        // The next one finds no objects, so it never is.
+        let objects = instance.dir.path().join("objects");
+        std::fs::rename(&objects, instance.dir.path().join("aside")).unwrap();
+        let agent = instance.start();
+        let status = instance.until("status", |s| {
+            assert_eq!(s["ready"], false, "{s:#}");
+            s["not_ready"].to_string().contains("objects")
+        });
+        assert_eq!(status["pid"], agent.0.id());
+        assert_eq!(status["mode"]["up0"], "native", "what is attached stays: {status:#}");
+        drop(agent);
+        let text = String::from_utf8_lossy(&instance.sluice(&["status"]).stdout).into_owned();
+        assert!(text.contains("does not run") && !text.contains("starting"), "{text}");
+    });
+}
+
+#[test]
 fn one_agent_writes_and_cleanup_waits_for_its_end() {
     in_namespace(|node| {
         let instance = Instance::new(node);

@@ -247,6 +247,11 @@ impl Attacher {
         self.earlier = earlier;
     }
 
+    /// What an earlier agent had attached, by its own account.
+    pub fn earlier(&self) -> &BTreeMap<String, Attached> {
+        &self.earlier
+    }
+
     /// Whether replies of pods behind `link` are taken at TC: by this agent, or by the links of an
     /// earlier one that are about to be taken over.
     pub fn takes_replies(&self, link: &Link) -> bool {

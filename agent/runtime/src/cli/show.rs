@@ -63,9 +63,14 @@ pub(super) fn status(show: &Show) -> Result<ExitCode, CliError> {
     });
     if !running {
         status.ready = false;
+        status.not_ready.retain(|reason| reason != Status::STARTING);
         status
             .not_ready
             .insert(0, "the agent does not run; the datapath goes on without it".to_owned());
+    }
+    if running && !place.run_dir.is_of_holder(&status) {
+        status.ready = false;
+        status.not_ready = vec![Status::STARTING.to_owned()];
     }
     let settings: Option<Settings> = place.pins.settings().and_then(|s| s.read(0)).ok();
     let bypass = settings.is_some_and(|s| s.flags & settings_flags::BYPASS != 0);
