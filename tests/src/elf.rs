@@ -8,6 +8,8 @@ use object::{Object as _, ObjectSection, ObjectSymbol, SectionIndex, SymbolKind}
 
 /// Ids of helpers (include/uapi/linux/bpf.h, `___BPF_FUNC_MAPPER`).
 pub mod helper {
+    /// Those that sum a whole packet up: only for programs that are reached by a tail call.
+    pub const SUMS: [u32; 2] = [28, 189];
     /// Those that the way of a packet may never call, with their names. `l4_csum_replace` is not one
     /// of them: at TC only the kernel knows whether a checksum is still to be filled in.
     pub const FORBIDDEN: [(u32, &str); 13] = [

@@ -14,6 +14,7 @@ use crate::packet::{self, Packet, tcp};
 use crate::world::{Be, Svc, World, dev, ip, mac, size};
 
 mod broken;
+mod general;
 mod passed;
 mod stopped;
 mod tc;
@@ -249,6 +250,7 @@ pub fn all() -> Vec<Fixture> {
     translated::add(&mut table);
     tunnelled::add(&mut table);
     tc::add(&mut table);
+    general::add(&mut table);
     passed::add(&mut table);
     stopped::add(&mut table);
     broken::add(&mut table);
@@ -327,7 +329,7 @@ pub fn to_peer(underlay: Family, inner: &Packet, src_port: u16) -> Packet {
             .hop_limit(64)
             .payload(packet::vxlan(vni, &inner.bytes()));
     (outer.id, outer.class) = (0, inner.class & 3);
-    outer.no_checksum = underlay == Family::V4 || inner.proto == IPPROTO_UDP && inner.no_checksum;
+    outer.no_checksum = underlay == Family::V4;
     outer
 }
 

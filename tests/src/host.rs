@@ -7,13 +7,14 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, NextHop, Pod,
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, LANES, Lane, NextHop, Pod,
     ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_datapath::access::{At, Frame};
 use sluice_datapath::csum::{Sum, update, update_udp};
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
+use sluice_datapath::parse::{General, Plain};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{ingress, tc};
 
@@ -130,11 +131,18 @@ impl Host {
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8], head_room: usize) -> HostRan {
         self.clock_reads.set(0);
         let mut frame = HostFrame::new(packet, head_room, ifindex);
-        let verdict = match hook {
-            Hook::Xdp => ingress::xdp(self, &mut frame),
-            Hook::TcIngress => tc::ingress(self, &mut frame),
-            Hook::TcEgress => tc::egress(self, &mut frame),
+        let mut verdict = match hook {
+            Hook::Xdp => ingress::xdp::<Plain, _, _>(self, &mut frame),
+            Hook::TcIngress => tc::ingress::<Plain, _, _>(self, &mut frame),
+            Hook::TcEgress => tc::egress::<Plain, _, _>(self, &mut frame),
         };
+        while let Some(lane) = frame.lane.take() {
+            verdict = match (lane, hook) {
+                (Lane::General, Hook::Xdp) => ingress::xdp::<General, _, _>(self, &mut frame),
+                (Lane::General, Hook::TcIngress) => tc::ingress::<General, _, _>(self, &mut frame),
+                (Lane::General, Hook::TcEgress) => tc::egress::<General, _, _>(self, &mut frame),
+            };
+        }
         assert!(!self.locked.get(), "a lock was kept");
         HostRan { verdict, bytes: frame.bytes(), mark: frame.mark }
     }
@@ -274,6 +282,10 @@ impl Env for Host {
         }
         self.now.get()
     }
+    fn forget(&self, value: u32) -> u32 {
+        self.unlocked();
+        value
+    }
     fn reason_counter(&self, index: u32) -> Option<At<'_, ReasonCounter>> {
         self.unlocked().reasons.at(index)
     }
@@ -294,13 +306,15 @@ struct HostFrame {
     start: usize,
     ifindex: u32,
     mark: Option<u32>,
+    /// The lane that goes on: what a tail call is in the kernel.
+    lane: Option<Lane>,
 }
 
 impl HostFrame {
     fn new(packet: &[u8], head_room: usize, ifindex: u32) -> Self {
         let room = std::iter::repeat_n(0xaa, head_room);
         let buffer = room.chain(packet.iter().copied()).map(Cell::new).collect();
-        Self { buffer, start: head_room, ifindex, mark: None }
+        Self { buffer, start: head_room, ifindex, mark: None, lane: None }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -343,6 +357,18 @@ unsafe impl Frame for HostFrame {
         high.set(a);
         low.set(b);
         true
+    }
+    fn sum(&self, offset: u32, len: u32) -> u16 {
+        let at = self.start + offset as usize;
+        let Some(bytes) = self.buffer.get(at..at + len as usize) else { return 0 };
+        let bytes: Vec<u8> = bytes.iter().map(Cell::get).collect();
+        let words = bytes.chunks(2).map(|c| u16::from_ne_bytes([c[0], *c.get(1).unwrap_or(&0)]));
+        words.fold(Sum::default(), Sum::add16).fold()
+    }
+    fn change_lane(&mut self, hook: Hook, lane: Lane) -> bool {
+        let there = LANES.iter().any(|(h, l, _)| (*h, *l) == (hook, lane));
+        self.lane = there.then_some(lane);
+        there
     }
     fn ingress_ifindex(&self) -> u32 {
         self.ifindex

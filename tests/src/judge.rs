@@ -1,8 +1,8 @@
 //! Holds what a runner did against what a fixture says.
 
 use sluice_abi::{
-    BackendCounter, FlowSet, Hook, REASONS, Reason, ReasonCounter, ServiceCounter, SnatSlot,
-    VerdictKind,
+    BackendCounter, Family, FlowSet, Hook, REASONS, Reason, ReasonCounter, ServiceCounter,
+    SnatSlot, VerdictKind,
 };
 use sluice_datapath::verdict::{Action, Direction};
 
@@ -363,7 +363,15 @@ pub fn in_kernel(fixture: &Fixture) -> bool {
 }
 
 /// The reasons that no IP header gives, so that they have no family.
-pub const WITHOUT_FAMILY: [Reason; 2] = [Reason::NotIp, Reason::Vlan];
+pub const WITHOUT_FAMILY: [Reason; 1] = [Reason::NotIp];
+
+/// The reasons that only one family's headers give.
+pub const OF_ONE_FAMILY: [(Reason, Family); 2] =
+    [(Reason::RoutingHeader, Family::V6), (Reason::ExtensionChain, Family::V6)];
+
+/// The reasons that no packet gives while every program is in its place; tests of their own take one
+/// away.
+pub const WITHOUT_LANES: [Reason; 1] = [Reason::NoLane];
 
 /// Runs one frame on the host and, if it is long enough to be a frame there, in the kernel: same
 /// return value, same bytes, same reason; and a frame that passed is as it came.

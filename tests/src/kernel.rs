@@ -107,6 +107,7 @@ impl Kernel {
             };
             loaded.unwrap_or_else(|e| panic!("{name} does not load: {e:?}"));
         }
+        sluice::attach::fill_lanes(&mut ebpf).expect("the lanes' programs");
         Self { ebpf, flow_sets, filled: None }
     }
 

@@ -57,6 +57,12 @@ pub struct Packet {
     pub ack: u32,
     /// TCP options, a multiple of four bytes.
     pub options: Vec<u8>,
+    /// VLAN tags, outermost first: EtherType and control.
+    pub tags: Vec<(u16, u16)>,
+    /// Options of the IPv4 header, a multiple of four bytes.
+    pub ip_options: Vec<u8>,
+    /// Extension headers of IPv6: each its number and its bytes, of which the first is made here.
+    pub extensions: Vec<(u8, Vec<u8>)>,
     /// UDP without a checksum.
     pub no_checksum: bool,
     /// What follows the transport header.
@@ -82,6 +88,9 @@ impl Packet {
             seq: 0x0102_0304,
             ack: 0x0506_0708,
             options: Vec::new(),
+            tags: Vec::new(),
+            ip_options: Vec::new(),
+            extensions: Vec::new(),
             no_checksum: false,
             payload: b"an odd number of bytes".to_vec(),
         }
@@ -132,6 +141,24 @@ impl Packet {
     /// The packet at another place of its TCP connection.
     pub fn at(mut self, seq: u32, ack: u32) -> Self {
         (self.seq, self.ack) = (seq, ack);
+        self
+    }
+
+    /// The packet with these VLAN tags.
+    pub fn tags(mut self, tags: &[(u16, u16)]) -> Self {
+        self.tags = tags.to_vec();
+        self
+    }
+
+    /// The packet with options in its IPv4 header.
+    pub fn options_of_ip(mut self, options: &[u8]) -> Self {
+        self.ip_options = options.to_vec();
+        self
+    }
+
+    /// The packet with extension headers.
+    pub fn extensions(mut self, extensions: &[(u8, Vec<u8>)]) -> Self {
+        self.extensions = extensions.to_vec();
         self
     }
 
@@ -202,6 +229,17 @@ impl Packet {
         }
     }
 
+    /// The extension headers, each with the number of the next.
+    fn chain(&self) -> Vec<u8> {
+        let mut chain = Vec::new();
+        for (i, (_, bytes)) in self.extensions.iter().enumerate() {
+            let next = self.extensions.get(i + 1).map_or(self.proto, |(number, _)| *number);
+            chain.push(next);
+            chain.extend(&bytes[1..]);
+        }
+        chain
+    }
+
     /// The frame.
     ///
     /// # Panics
@@ -212,16 +250,22 @@ impl Packet {
         let mut frame = Vec::new();
         frame.extend(self.eth_dst.0);
         frame.extend(self.eth_src.0);
+        for (ethertype, control) in &self.tags {
+            frame.extend(ethertype.to_be_bytes());
+            frame.extend(control.to_be_bytes());
+        }
         match self.family() {
             Family::V4 => {
                 frame.extend([0x08, 0x00]);
-                let mut header = vec![0x45, self.class];
-                header.extend((20 + segment.len() as u16).to_be_bytes());
+                let header_len = 20 + self.ip_options.len();
+                let mut header = vec![0x40 | (header_len / 4) as u8, self.class];
+                header.extend(((header_len + segment.len()) as u16).to_be_bytes());
                 header.extend(self.id.to_be_bytes());
                 header.extend(self.fragment.to_be_bytes());
                 header.extend([self.hop_limit, self.proto, 0, 0]);
                 header.extend(Ipv4Addr::from(self.src.v4_bytes()).octets());
                 header.extend(Ipv4Addr::from(self.dst.v4_bytes()).octets());
+                header.extend(&self.ip_options);
                 let sum = util::checksum(&header, 5);
                 header[10..12].copy_from_slice(&sum.to_be_bytes());
                 frame.extend(header);
@@ -229,15 +273,35 @@ impl Packet {
             Family::V6 => {
                 frame.extend([0x86, 0xdd]);
                 frame.extend((6 << 28 | u32::from(self.class) << 20).to_be_bytes());
-                frame.extend((segment.len() as u16).to_be_bytes());
-                frame.extend([self.proto, self.hop_limit]);
+                let chain = self.chain();
+                frame.extend(((chain.len() + segment.len()) as u16).to_be_bytes());
+                let next = self.extensions.first().map_or(self.proto, |(number, _)| *number);
+                frame.extend([next, self.hop_limit]);
                 frame.extend(self.src.0);
                 frame.extend(self.dst.0);
+                frame.extend(chain);
             }
         }
         frame.extend(segment);
         frame
     }
+}
+
+/// A VLAN tag (IEEE 802.1Q clause 9).
+pub const fn tag(ethertype: u16, control: u16) -> (u16, u16) {
+    (ethertype, control)
+}
+
+/// An extension header of `len` bytes, a multiple of eight: its length, and one padding option
+/// (RFC 8200 section 4.2; to a routing header they are a type and no segments left).
+pub fn extension(number: u8, len: usize) -> (u8, Vec<u8>) {
+    let mut bytes = vec![0; len];
+    bytes[1] = (len / 8 - 1) as u8;
+    if number != 43 {
+        bytes[2] = 1; // PadN
+        bytes[3] = (len - 4) as u8;
+    }
+    (number, bytes)
 }
 
 /// The VXLAN header (RFC 7348 section 5) with the I flag, and an inner frame: an outer payload.
@@ -265,19 +329,42 @@ pub fn family_of(frame: &[u8]) -> Option<Family> {
     }
 }
 
-/// Source port of a frame with plain headers.
+/// Where the transport header of a frame begins, behind tags, options and extension headers.
+///
+/// # Panics
+/// If it is not an IP packet, or not long enough.
+pub fn l4_of(frame: &[u8]) -> usize {
+    let mut l3 = 14;
+    while matches!(frame[l3 - 2..l3], [0x81, 0x00] | [0x88, 0xa8]) {
+        l3 += 4;
+    }
+    match frame[l3] >> 4 {
+        4 => l3 + (frame[l3] & 0xf) as usize * 4,
+        6 => {
+            let (mut next, mut at) = (frame[l3 + 6], l3 + 40);
+            while [0, 43, 60].contains(&next) {
+                next = frame[at];
+                at += (frame[at + 1] as usize + 1) * 8;
+            }
+            at
+        }
+        version => panic!("IP version {version}"),
+    }
+}
+
+/// Source port of a frame.
 ///
 /// # Panics
 /// If it is not long enough.
 pub fn src_port(frame: &[u8]) -> u16 {
-    let at = l4_offset(family_of(frame).expect("an IP packet"));
+    let at = l4_of(frame);
     u16::from_be_bytes([frame[at], frame[at + 1]])
 }
 
-/// The frame inside a VXLAN packet with plain headers.
+/// The frame inside a VXLAN packet.
 ///
 /// # Panics
 /// If it is not long enough.
 pub fn inner(frame: &[u8]) -> &[u8] {
-    &frame[l4_offset(family_of(frame).expect("an IP packet")) + 16..]
+    &frame[l4_of(frame) + 16..]
 }

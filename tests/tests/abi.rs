@@ -9,8 +9,8 @@ use std::mem::offset_of;
 use object::{Object, ObjectSection};
 use sluice_abi::{
     Addr, Answers, Ask, Backend, BackendCounter, Be16, Be32, Exit, Extent, FlowRecord, FlowSet,
-    Frontend, FrontendKey, Hook, Mac, NextHop, Pod, PodNet, ReasonCounter, Scratch, Seeds,
-    ServiceCounter, Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac, NextHop, Pod, PodNet, ReasonCounter, Scratch,
+    Seeds, ServiceCounter, Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -45,7 +45,7 @@ macro_rules! layouts {
 
 layouts! {
     Answers { source_rate, source_burst, cpu_rate, cpu_burst }
-    Ask { renew, tcp_flags, in_cluster, snat, reserved }
+    Ask { renew, tcp_flags, in_cluster, snat, tagged }
     Backend { addr, port, route, index, proto, reserved }
     BackendCounter { forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows }
     Exit { index, kind, reserved, dst_mac, src_mac }
@@ -53,7 +53,8 @@ layouts! {
     FlowRecord {
         client, vip, backend, client_port, vip_port, backend_port, source_port, proto, reserved,
         flags, l4_delta, ip_delta, epoch, tunnel, service, backend_id, seen, state, source,
-        ack_forward, forward, reply, created, snat, timeout, decided, ack_reply, reserved2
+        ack_forward, forward, reply, created, snat, timeout, decided, ack_reply, reply_tags,
+        reserved2
     }
     FlowSet { tags, records }
     Frontend {
@@ -64,7 +65,7 @@ layouts! {
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
-    Scratch { draft, best, ask, taken, seq, ack, reserved }
+    Scratch { draft, best, ask, taken, seq, ack, reserved, forgotten, begun, bytes }
     Seeds { flow, cluster }
     ServiceCounter {
         forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows, dropped_packets
@@ -88,7 +89,7 @@ layouts! {
 /// Name of the map; key; value; whether user space maps it into its memory; entries by default.
 type MapRow = (&'static str, &'static str, &'static str, bool, u32);
 
-const MAPS: [MapRow; 16] = [
+const MAPS: [MapRow; 18] = [
     (maps::SETTINGS, "u32", "Settings", false, 1),
     (maps::FRONTEND, "FrontendKey", "Frontend", false, maps::DEFAULT_FRONTENDS),
     (maps::MAGLEV, "u32", "u32", true, maps::DEFAULT_MAGLEV),
@@ -105,6 +106,8 @@ const MAPS: [MapRow; 16] = [
     (maps::REASON, "u32", "ReasonCounter", false, maps::REASON_SLOTS * Hook::ALL.len() as u32),
     (maps::SERVICE_STAT, "u32", "ServiceCounter", false, maps::DEFAULT_SERVICES),
     (maps::BACKEND_STAT, "u32", "BackendCounter", false, maps::DEFAULT_BACKENDS),
+    (maps::JUMP, "u32", "u32", false, JUMP_SLOTS),
+    (maps::JUMP_TC, "u32", "u32", false, JUMP_SLOTS),
 ];
 
 #[test]

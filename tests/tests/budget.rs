@@ -44,11 +44,8 @@ fn above(name: &str, figures: &[(&str, u64, u64)]) -> Vec<String> {
 }
 
 fn info(kernel: &Kernel, name: &str) -> ProgramInfo {
-    match name {
-        "tc_uplink" | "tc_ingress" | "tc_egress" => kernel.tc(name).info(),
-        _ => kernel.xdp(name).info(),
-    }
-    .unwrap_or_else(|e| panic!("{name}: {e}"))
+    if name.starts_with("tc_") { kernel.tc(name).info() } else { kernel.xdp(name).info() }
+        .unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::time::Instant;
 use aya::programs::XdpMode;
 use aya::programs::tc::TcAttachType;
 use pnet::datalink::DataLinkSender;
-use sluice_abi::{Hook, REASONS, Reason};
+use sluice_abi::{Hook, REASONS};
 use sluice_datapath::verdict::Action;
 use sluice_tests::fixtures::{self, Fixture, HeadRoom, Out, Step};
 use sluice_tests::judge::{check_counters, difference, in_kernel};
@@ -120,9 +120,10 @@ impl Lab {
             trail.push(first.bytes.clone());
             let bytes = match &fixture.out {
                 Out::Gone => Vec::new(),
-                Out::Untouched => untagged(fixture, &frame),
+                Out::Untouched => frame.clone(),
                 Out::Made(build) => build(&trail),
             };
+            let bytes = untagged(&bytes);
             expected.extend(places.iter().map(|&ifindex| Seen { ifindex, bytes: bytes.clone() }));
         }
         if seen == expected {
@@ -158,12 +159,12 @@ fn places(fixture: &Fixture) -> Vec<u32> {
     }
 }
 
-/// The kernel takes a VLAN tag out of the frame before anybody sees it (skb_vlan_untag).
-fn untagged(fixture: &Fixture, frame: &[u8]) -> Vec<u8> {
-    if fixture.reason == Reason::Vlan {
-        return [&frame[..12], &frame[16..]].concat();
+/// The kernel takes the outermost VLAN tag out of a frame before anybody sees it (skb_vlan_untag).
+fn untagged(frame: &[u8]) -> Vec<u8> {
+    match frame.get(12..14) {
+        Some([0x81, 0x00] | [0x88, 0xa8]) => [&frame[..12], &frame[16..]].concat(),
+        _ => frame.to_vec(),
     }
-    frame.to_vec()
 }
 
 /// What the medium can carry: head room is the driver's to give, and at an uplink's ingress XDP comes

@@ -169,8 +169,11 @@ pub struct FlowRecord {
     /// TCP: what the backend has acknowledged of the client's bytes, a little behind. At first the
     /// client's sequence number.
     pub ack_reply: u32,
+    /// VLAN tags of the client's frames, outermost first, each as on the wire (EtherType, control;
+    /// IEEE 802.1Q clause 9); zero for none. Replies that leave by [`ExitKind::Frame`] carry them.
+    pub reply_tags: [Be32; 2],
     /// Zero; room for growth.
-    pub reserved2: [u32; 6],
+    pub reserved2: [u32; 4],
 }
 
 /// Value of `sl_flow_v1`: sixteen connections. 3,136 bytes.
@@ -193,7 +196,7 @@ impl Default for FlowSet {
     }
 }
 
-/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 256 bytes: what a decision needs beyond the
+/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 512 bytes: what a decision needs beyond the
 /// stack's 512 bytes. Nothing in it outlives a packet.
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -215,8 +218,18 @@ pub struct Scratch {
     /// The packet's TCP acknowledgement number; 0 for UDP.
     pub ack: Be32,
     /// Zero; room for growth.
-    pub reserved: [u32; 5],
+    pub reserved: [u32; 1],
+    /// A number on its way through memory, where the verifier forgets what it knew of it: header
+    /// lengths that vary would else be followed one by one.
+    pub forgotten: u64,
+    /// The connection that this packet began before another program went on with it.
+    pub begun: SnatSlot,
+    /// Bytes of a packet on their way to a helper of the kernel.
+    pub bytes: [u64; SCRATCH_BYTES as usize / 8],
 }
+
+/// Size of [`Scratch::bytes`].
+pub const SCRATCH_BYTES: u32 = 256;
 
 /// What a decision needs to know beside the draft's tuple, tunnel and way back. 24 bytes.
 #[derive(
@@ -232,8 +245,8 @@ pub struct Ask {
     pub in_cluster: u32,
     /// 1 if backends on other nodes answer to us, so that the source is rewritten.
     pub snat: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 1 if the request's frame carries VLAN tags.
+    pub tagged: u32,
 }
 
 /// Value of `sl_snat_v1`: which record owns a SNAT port towards a group of backends. 8 bytes.
@@ -270,7 +283,7 @@ impl SnatSlot {
 
 const _: () = {
     assert!(size_of::<FlowRecord>() == 192);
-    assert!(size_of::<Scratch>() == 256);
+    assert!(size_of::<Scratch>() == 512);
     assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
     assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
     assert!(core::mem::offset_of!(FlowRecord, reply) == 128);

@@ -21,6 +21,7 @@ mod addr;
 mod bench;
 mod counters;
 mod flow;
+mod lane;
 pub mod maps;
 mod reason;
 mod settings;
@@ -31,9 +32,10 @@ pub use addr::{Addr, Be16, Be32, Family, Mac};
 pub use bench::{BENCH_MORE_WORDS, BENCH_RUN, BENCH_TARGETS, BENCH_WORDS, BenchRun, BenchTarget};
 pub use counters::{BackendCounter, Hook, ReasonCounter, ServiceCounter};
 pub use flow::{
-    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Scratch, SnatSlot, flow_state, flow_tag,
-    record_flags,
+    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SCRATCH_BYTES, Scratch, SnatSlot,
+    flow_state, flow_tag, record_flags,
 };
+pub use lane::{JUMP_SLOTS, LANES, Lane};
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
 pub use settings::{Answers, MAX_TUNNELS, Seeds, Settings, Timeouts, settings_flags};
 pub use tables::{

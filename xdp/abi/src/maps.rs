@@ -35,8 +35,13 @@ pub const SERVICE_STAT: &str = "sl_svcstat_v1";
 /// PERCPU_ARRAY backend id → [`crate::BackendCounter`].
 pub const BACKEND_STAT: &str = "sl_bestat_v1";
 
+/// PROG_ARRAY: the programs that go on where `xdp_node` stops, by [`crate::Lane::slot`].
+pub const JUMP: &str = "sl_jump_v1";
+/// PROG_ARRAY: the same for the TC programs.
+pub const JUMP_TC: &str = "sl_jumptc_v1";
+
 /// All maps, in the order in which user space creates and checks them.
-pub const ALL: [&str; 16] = [
+pub const ALL: [&str; 18] = [
     SETTINGS,
     FRONTEND,
     MAGLEV,
@@ -53,6 +58,8 @@ pub const ALL: [&str; 16] = [
     REASON,
     SERVICE_STAT,
     BACKEND_STAT,
+    JUMP,
+    JUMP_TC,
 ];
 
 /// Reason counters of one hook; room for growth, so that a new reason moves nothing.

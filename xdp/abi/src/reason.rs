@@ -109,6 +109,10 @@ reasons! {
     37 Drop FlowChanged "flow_changed" "the flow ended while its packet was being translated";
     38 Drop Martian "martian" "source or destination address that no wire may carry";
     39 Pass Hairpin "hairpin" "a pod's request to a Service that chose the pod itself: left to the kernel";
+    40 Drop RoutingHeader "routing_header" "IPv6 routing header type 0 (RFC 5095)";
+    41 Pass TooManyTags "too_many_tags" "more than two VLAN tags";
+    42 Pass ExtensionChain "extension_chain" "more extension headers than are followed, or one that cannot be";
+    43 Drop NoLane "no_lane" "needs the general program, and there is none behind the fast one: a bug, please report";
 }
 
 impl Reason {

@@ -18,6 +18,7 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, compiler_fence};
+use sluice_abi::{Hook, Lane};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Plain bytes: what packets and maps hold.
@@ -45,6 +46,12 @@ pub unsafe trait Frame {
     fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool;
     /// Interface on which the packet arrived.
     fn ingress_ifindex(&self) -> u32;
+    /// One's complement sum of `len` bytes from byte `offset` on, wherever they lie; 0 if they are
+    /// not there or more than 16 KiB. Slow: it reads them all.
+    fn sum(&self, offset: u32, len: u32) -> u16;
+    /// Lets the program of `lane` go on with the packet, which is untouched. In the kernel this does
+    /// not come back unless there is no such program (tail call); then, and only then, false.
+    fn change_lane(&mut self, hook: Hook, lane: Lane) -> bool;
 
     /// Bytes of the packet. More than `start..end` where a part lies elsewhere (page fragments).
     #[inline(always)]

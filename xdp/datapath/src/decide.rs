@@ -1,13 +1,13 @@
 //! The first packet of a flow is decided here: frontend, policy, backend, way out. The answer is
 //! compiled into one [`FlowRecord`]; every later packet replays it.
 
-use crate::access::At;
+use crate::access::{At, View};
 use crate::csum::{Sum, negate};
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found, Inserted, Tuple};
 use crate::hash;
-use crate::parse::{Ip, Transport};
+use crate::parse::{self, Ip, Transport};
 use crate::verdict::{Step, Stop};
 use crate::wire::{Ethernet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use sluice_abi::{
@@ -36,12 +36,17 @@ pub struct Origin<'f> {
     pub ifindex: u32,
     /// The packet's outermost Ethernet header.
     pub eth: At<'f, Ethernet>,
+    /// The frame.
+    pub frame: View<'f>,
+    /// Bytes of the frame's VLAN tags that replies are to carry.
+    pub tags: u32,
 }
 
 impl Origin<'_> {
     /// Where replies leave: the way the request came.
     #[inline(always)]
-    fn reply(&self, exit: At<'_, Exit>) {
+    fn reply(&self, draft: At<'_, FlowRecord>) {
+        let exit = field!(draft, FlowRecord, reply);
         let kind = if self.tunnel != 0 {
             ExitKind::Tunnel
         } else if self.ifindex != 0 {
@@ -54,6 +59,10 @@ impl Origin<'_> {
         field!(exit, Exit, index).set(index);
         field!(exit, Exit, dst_mac).copy_from(field!(self.eth, Ethernet, src));
         field!(exit, Exit, src_mac).copy_from(field!(self.eth, Ethernet, dst));
+        let tags = field!(draft, FlowRecord, reply_tags);
+        for i in 0..2 {
+            tags.element(i).set(parse::tag(self.frame, self.tags, i));
+        }
     }
 }
 
@@ -124,13 +133,13 @@ pub fn ask<'a, E: Env>(
     let draft = field!(scratch, Scratch, draft);
     put!(draft, tunnel, origin.tunnel);
     put!(draft, service, 0);
-    origin.reply(field!(draft, FlowRecord, reply));
+    origin.reply(draft);
     field!(scratch, Scratch, ask).set(Ask {
         renew: renew.map_or(SnatSlot::FREE, |found| found.slot),
         tcp_flags: tcp_flags as u32,
         in_cluster: origin.in_cluster as u32,
         snat: origin.snat as u32,
-        reserved: 0,
+        tagged: (origin.tags != 0) as u32,
     });
     let answer = env.decide();
     let service = field!(draft, FlowRecord, service).get();
@@ -195,7 +204,7 @@ fn decide<E: Env>(
     put!(draft, service, field!(frontend, Frontend, service).get());
     let extent = admit(env, settings, frontend, draft, ask)?;
     begin(settings, scratch, env.now());
-    choose_backend(env, settings, frontend, draft, extent).ok_or(Reason::TableBroken)?;
+    choose_backend(env, settings, frontend, scratch, extent).ok_or(Reason::TableBroken)?;
     let client = field!(draft, FlowRecord, client).get();
     if client == field!(draft, FlowRecord, backend).get() {
         // The pod would meet its own address as the source, which no stack takes from outside.
@@ -277,9 +286,10 @@ fn choose_backend<E: Env>(
     env: &E,
     settings: At<'_, Settings>,
     frontend: At<'_, Frontend>,
-    draft: At<'_, FlowRecord>,
+    scratch: At<'_, Scratch>,
     extent: Extent,
 ) -> Option<()> {
+    let draft = field!(scratch, Scratch, draft);
     let seeds = field!(settings, Settings, seeds);
     let mut tuple = Tuple::of_request(draft);
     if field!(frontend, Frontend, affinity_seconds).get() != 0 {
@@ -293,7 +303,7 @@ fn choose_backend<E: Env>(
     put!(draft, backend, field!(backend, Backend, addr).get());
     put!(draft, backend_port, field!(backend, Backend, port).get());
     put!(draft, backend_id, backend_id);
-    forward_exit(env, backend, field!(draft, FlowRecord, forward)).then_some(())
+    forward_exit(env, backend, scratch).then_some(())
 }
 
 #[inline(always)]
@@ -366,7 +376,7 @@ fn renew<E: Env>(
         let snat = field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0;
         let wire = field!(ask, Ask, snat).get() != 0;
         if same
-            && (!forward_exit(env, backend, exit)
+            && (!forward_exit(env, backend, scratch)
                 || (way_out(draft) >= ExitKind::Tunnel as u8 && wire) != snat)
         {
             exit.copy_from(field!(r, FlowRecord, forward));
@@ -382,6 +392,7 @@ fn renew<E: Env>(
     if found.is_still_there() && flow::is_request(r, &tuple) {
         field!(r, FlowRecord, forward).copy_from(exit);
         field!(r, FlowRecord, reply).copy_from(field!(draft, FlowRecord, reply));
+        field!(r, FlowRecord, reply_tags).copy_from(field!(draft, FlowRecord, reply_tags));
         field!(r, FlowRecord, decided).set(now);
         field!(r, FlowRecord, epoch).set(epoch);
     }
@@ -462,13 +473,16 @@ fn is_martian(tuple: &Tuple) -> bool {
     }
 }
 
-/// Writes the way to a backend; false if the tables do not say one.
+/// Writes the draft's way to a backend; false if the tables do not say one.
 #[inline(always)]
-fn forward_exit<E: Env>(env: &E, backend: At<'_, Backend>, exit: At<'_, Exit>) -> bool {
+fn forward_exit<E: Env>(env: &E, backend: At<'_, Backend>, scratch: At<'_, Scratch>) -> bool {
+    let exit = field!(field!(scratch, Scratch, draft), FlowRecord, forward);
     let route = field!(backend, Backend, route).get();
     let kind = if route == Route::Local as u16 {
+        // Tagged requests go through the stack, and so do their replies: it knows the VLAN.
+        let tagged = field!(field!(scratch, Scratch, ask), Ask, tagged).get() != 0;
         let pod = env.pod(&field!(backend, Backend, addr).get());
-        return local_exit(pod, exit);
+        return local_exit(if tagged { None } else { pod }, exit);
     } else if route == Route::Tunnel as u16 {
         ExitKind::Tunnel
     } else if route == Route::Plain as u16 {

@@ -3,7 +3,8 @@
 use crate::access::{At, Frame, View};
 use crate::csum::Sum;
 use crate::field;
-use crate::parse::{Ip, L3, Transport};
+use crate::parse::L3;
+use crate::replay::Located;
 use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, FLAG_VNI, Ipv4, Ipv6, Ports, Udp, Vxlan,
 };
@@ -28,7 +29,7 @@ pub struct Inside {
     pub port: Be16,
     /// The inner ECN field (RFC 6040 section 4.1, normal mode: copied).
     pub ecn: u8,
-    /// Sum of the inner frame, or zero if it cannot be known from its headers.
+    /// Sum of the inner frame, zero if it is not known (outer headers over IPv4 need none).
     pub sum: u16,
 }
 
@@ -43,15 +44,25 @@ fn is_v4(vtep: At<'_, Vtep>) -> bool {
     field!(vtep, Vtep, remote).get().family() == Family::V4
 }
 
-/// The one's complement sum of the whole inner frame from its headers alone: a right transport
-/// checksum makes pseudo header and segment sum up to zero (kernel
-/// Documentation/networking/checksum-offloads.rst, "LCO"). A wrong one makes the outer wrong too.
-/// Zero for UDP without a checksum.
+/// Whether [`inner_sum`] knows the sum of the inner frame: there are no extension headers, and the
+/// transport checksum is there and covers the packet to its end.
 #[inline(always)]
-pub fn inner_sum(eth: At<'_, Ethernet>, ip: &Ip<'_>, transport: &Transport<'_>) -> u16 {
-    if ip.proto == IPPROTO_UDP && transport.checksum.get() == Be16::new(0) {
-        return 0;
+pub fn is_summed(packet: &Located<'_>) -> bool {
+    if packet.ip.proto != IPPROTO_UDP {
+        return true;
     }
+    let Some(udp) = packet.l3.skip(packet.ip.l3.header_len()).at::<Udp>() else { return false };
+    let payload_len = packet.ip.len.wrapping_sub(packet.ip.header_len);
+    let whole = field!(udp, Udp, len).get().host() as u32 == payload_len;
+    whole && field!(udp, Udp, checksum).get() != Be16::new(0)
+}
+
+/// The one's complement sum of the whole inner frame from its headers alone, for the plain form: a
+/// right transport checksum makes pseudo header and segment sum up to zero (kernel
+/// Documentation/networking/checksum-offloads.rst, "LCO"). A wrong one makes the outer wrong too.
+#[inline(always)]
+pub fn inner_sum(packet: &Located<'_>) -> u16 {
+    let (eth, ip) = (packet.eth, &packet.ip);
     let e = eth.get();
     let d = e.dst.0;
     let s = e.src.0;
@@ -68,7 +79,7 @@ pub fn inner_sum(eth: At<'_, Ethernet>, ip: &Ip<'_>, transport: &Transport<'_>) 
         // A right IPv4 header sums up to zero; of the segment remains the pseudo header, negated.
         L3::V4(at) => {
             let h = at.get();
-            let l4_len = Be16::new((ip.len as u16).wrapping_sub(20));
+            let l4_len = Be16::new(ip.len.wrapping_sub(ip.header_len) as u16);
             sum.sub32(u32::from_ne_bytes(h.src))
                 .sub32(u32::from_ne_bytes(h.dst))
                 .sub16(word(0, h.protocol))
@@ -157,7 +168,7 @@ fn write_v6(ip: At<'_, Ipv6>, vtep: At<'_, Vtep>, inside: &Inside) -> u16 {
 
 /// UDP and VXLAN. Over IPv4 the checksum is zero (RFC 7348 section 5); over IPv6 it is right,
 /// because a receiver need not take zero (RFC 6935 section 5; the kernel's vxlan device does not by
-/// default), unless the inner packet has none either.
+/// default).
 #[inline(always)]
 fn write_udp(view: View<'_>, vtep: At<'_, Vtep>, inside: &Inside, addresses: Option<u16>) -> bool {
     let (Some(udp), Some(vxlan)) = (view.at::<Udp>(), view.skip(size_of::<Udp>()).at::<Vxlan>())

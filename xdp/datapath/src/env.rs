@@ -47,6 +47,9 @@ pub trait Env {
     fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>>;
     /// Low 32 bits of jiffies; no clock is read.
     fn now(&self) -> u32;
+    /// `value`, of which the verifier knows nothing afterwards (it goes through memory): one way
+    /// through the program for every length that a header can have, not one for each.
+    fn forget(&self, value: u32) -> u32;
     /// Counter `hook * REASON_SLOTS + reason` of this CPU.
     fn reason_counter(&self, index: u32) -> Option<At<'_, ReasonCounter>>;
     /// Counters of a Service of this CPU.

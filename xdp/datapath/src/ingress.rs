@@ -6,70 +6,84 @@ use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
-use crate::parse::{self, Ip, Transport};
-use crate::replay::{self, Departure, Located, Rewrite};
+use crate::parse::{self, Form, Ip, Link, Transport};
+use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
 use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan};
 use sluice_abi::{
     Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
-    Scratch, Settings, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
+    Scratch, Settings, SnatSlot, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
 };
 
 /// Ethernet, UDP and VXLAN headers: the outer headers without the IP header.
 const OUTER_OVERHEAD: usize = size_of::<Ethernet>() + size_of::<Udp>() + size_of::<Vxlan>();
 
-/// Decides and handles one frame, and counts it.
+/// Decides and handles one frame, and counts it, unless another lane's program does.
 #[inline(always)]
-pub fn xdp<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     let bytes = frame.view().len() as u64;
-    let verdict = match way(env, frame) {
+    let verdict = match way::<P, E, F>(env, frame) {
         Ok(verdict) => verdict,
-        Err(stop) => stop.into(),
+        Err(stop) => {
+            if let Some(lane) = P::lane(stop.reason)
+                && frame.change_lane(Hook::Xdp, lane)
+            {
+                return stop.into();
+            }
+            stop.into()
+        }
     };
     account(env, Hook::Xdp, &verdict, bytes);
     verdict
 }
 
 #[inline(always)]
-fn way<E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
+fn way<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
     let settings = env.settings().ok_or(Reason::TableBroken)?;
     if field!(settings, Settings, flags).get() & settings_flags::BYPASS != 0 {
         return Err(Reason::Bypass.into());
     }
-    let departure = plan(env, settings, frame.view(), frame.ingress_ifindex())?;
-    replay::leave(frame, &departure)
+    let departure = plan::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?;
+    replay::leave::<P, F>(frame, &departure)
 }
 
 /// Everything but the head's move.
 #[inline(always)]
-fn plan<'e, E: Env>(
+fn plan<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     view: View<'_>,
     ifindex: u32,
 ) -> Step<Departure<'e>> {
-    let (eth, ip) = parse::ethernet(view)?;
-    if field!(eth, Ethernet, dst).get().is_group() {
+    let (link, ip) = parse::ethernet::<P, E>(env, view)?;
+    if field!(link.first, Ethernet, dst).get().is_group() {
         return Err(Reason::Group.into());
     }
-    let outer = parse::transport(view, &ip)?;
-    let mut packet = Located { outer: eth, eth, ip, cut: 0 };
+    let outer = parse::transport(link.l3, &ip)?;
+    let mut packet =
+        Located { outer: link.first, eth: link.last, ip, l3: link.l3, cut: 0, tags: link.tags };
     let mut transport = outer;
     let mut tunnel = 0;
     if ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst) {
-        let payload = parse::payload(view, &ip);
+        if ip.has_options() {
+            return Err(Reason::IpOptions.into());
+        }
+        let payload = link.l3.skip(ip.l3.header_len());
         let (index, vtep) = source(env, settings, &ip, payload)?;
         let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
-        packet = inside(eth, &ip, inner, vtep)?;
+        packet = inside::<P, E>(env, &link, &ip, inner, vtep)?;
         if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
-            return deliver(env, settings, inner, &packet, pod, index);
+            return deliver(env, settings, &packet, pod, index);
         }
-        transport = parse::transport(inner, &packet.ip)?;
+        transport = parse::transport(packet.l3, &packet.ip)?;
         tunnel = index;
     }
-    let ifindex = if tunnel == 0 { ifindex } else { 0 };
-    let origin = Origin { tunnel, in_cluster: tunnel != 0, snat: true, ifindex, eth };
-    serve(env, settings, &packet, &transport, &origin)
+    // A tunnel's tags belong to the way to its other end.
+    let (ifindex, tags) = if tunnel == 0 { (ifindex, link.tags) } else { (0, 0) };
+    let eth = link.first;
+    let origin =
+        Origin { tunnel, in_cluster: tunnel != 0, snat: true, ifindex, eth, frame: view, tags };
+    serve::<P, E>(env, settings, &packet, &transport, &origin)
 }
 
 #[inline(always)]
@@ -128,17 +142,20 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
 /// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `InnerSource`
 /// (drop).
 #[inline(always)]
-fn inside<'f>(
-    outer_eth: At<'f, Ethernet>,
+fn inside<'f, P: Form, E: Env>(
+    env: &E,
+    outer_link: &Link<'f>,
     outer: &Ip<'f>,
     view: View<'f>,
     vtep: At<'_, Vtep>,
 ) -> Step<Located<'f>> {
-    if view.at::<Ethernet>().is_none() {
-        return Err(Reason::VxlanMalformed.into());
+    let inner = view.at::<Ethernet>().ok_or(Reason::VxlanMalformed)?;
+    if parse::is_tag(field!(inner, Ethernet, ethertype).get()) {
+        // The peer's vxlan device sends none: another network's frames.
+        return Err(Reason::Vlan.into());
     }
-    let (eth, ip) = parse::ethernet(view)?;
-    let dst = field!(eth, Ethernet, dst).get();
+    let (link, ip) = parse::ethernet::<P, E>(env, view)?;
+    let dst = field!(link.first, Ethernet, dst).get();
     if dst.is_group() {
         return Err(Reason::Group.into());
     }
@@ -148,8 +165,8 @@ fn inside<'f>(
     if !is_from(vtep, &ip) {
         return Err(Reason::InnerSource.into());
     }
-    let cut = (outer.l3.header_len() + OUTER_OVERHEAD) as u32;
-    Ok(Located { outer: outer_eth, eth, ip, cut })
+    let cut = (outer.l3.header_len() + OUTER_OVERHEAD) as u32 + outer_link.tags;
+    Ok(Located { outer: outer_link.first, eth: link.first, ip, l3: link.l3, cut, tags: 0 })
 }
 
 /// Whether the inner source is in the VTEP's pod CIDRs.
@@ -170,42 +187,40 @@ fn is_from(vtep: At<'_, Vtep>, ip: &Ip<'_>) -> bool {
 fn deliver<'e, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
-    view: View<'_>,
     packet: &Located<'_>,
     pod: At<'e, Pod>,
     vtep: u32,
 ) -> Step<Departure<'e>> {
     // What TC translates back at the pod's interface must pass there; redirected frames do not.
     let redirect = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16
-        && !is_tc_reply(env, settings, view, packet);
-    let door = replay::open_pod(env, pod, redirect, packet, vtep)?;
+        && !is_tc_reply(env, settings, packet);
+    let door = replay::open_pod(env, pod, redirect, packet, vtep);
+    if let Some(reason) = door.closed {
+        return Err(reason.into());
+    }
     if door.takes_hop() {
         replay::take_hop(&packet.ip);
     }
-    let inside = replay::address(&door, packet, None, Be16::new(0));
+    let inside = replay::address(&door, packet, false, Be16::new(0));
     let (reason, owner) = (Reason::DecapLocal, Owner::NONE);
-    Ok(Departure { door, cut: packet.cut, inside, reason, owner })
+    Ok(Departure { door, cut: packet.cut_for(&door), tags: None, inside, reason, owner })
 }
 
 /// Whether the packet is the reply to a request that TC translated.
 #[inline(always)]
-fn is_tc_reply<E: Env>(
-    env: &E,
-    settings: At<'_, Settings>,
-    view: View<'_>,
-    packet: &Located<'_>,
-) -> bool {
-    let Ok(transport) = parse::transport(view, &packet.ip) else { return false };
+fn is_tc_reply<E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> bool {
+    let Ok(transport) = parse::transport(packet.l3, &packet.ip) else { return false };
     let Some(scratch) = env.scratch() else { return false };
     decide::stash(scratch, &packet.ip, &transport);
     let tuple = decide::stashed(scratch);
     let place = flow::place(env, settings, tuple.dst, tuple.dst_port, tuple.proto);
-    place.is_some_and(|place| flow::find_reply(&place, &decide::stashed(scratch)).is_some())
+    let Some(place) = place else { return false };
+    flow::find_reply(&place, &decide::stashed(scratch)).is_some()
 }
 
 /// A packet that may be a request to a Service or the reply to one.
 #[inline(always)]
-fn serve<'e, E: Env>(
+fn serve<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     packet: &Located<'_>,
@@ -234,7 +249,9 @@ fn serve<'e, E: Env>(
         let decided = decide::ask(env, scratch, transport.flags, origin, request);
         (decided.map_err(|stop| nobodys(stop, origin))?, Direction::Forward)
     };
-    replay_flow(env, settings, scratch, packet, transport, &decided, direction, origin, port)
+    replay_flow::<P, E>(
+        env, settings, scratch, packet, transport, &decided, direction, origin, port,
+    )
 }
 
 /// "No Service" has another name for what came out of a tunnel.
@@ -309,7 +326,7 @@ fn check_reply_tunnel(found: &Found<'_>, origin: &Origin<'_>) -> Step<()> {
 /// Replays a record on a packet of either direction.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "one step of one packet; a struct would only rename")]
-fn replay_flow<'e, E: Env>(
+fn replay_flow<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     scratch: At<'_, Scratch>,
@@ -326,22 +343,33 @@ fn replay_flow<'e, E: Env>(
         service: field!(r, FlowRecord, service).get(),
         backend: field!(r, FlowRecord, backend_id).get(),
         direction,
-        new_flow: decided.new,
+        new_flow: decided.new || P::GENERAL && has_begun(scratch, found),
     };
-    let stop = |s: Stop| Stop { service: owner.service, ..s };
+    let stop = |reason| Stop { reason, service: owner.service };
     let is_reply = direction == Direction::Reply;
     let (exit, rewrite) = if is_reply {
         (field!(r, FlowRecord, reply), Rewrite::reply(r))
     } else {
         (field!(r, FlowRecord, forward), Rewrite::request(r))
     };
-    let door = replay::open(env, exit, packet, origin.tunnel).map_err(stop)?;
+    let door = replay::open(env, exit, packet, origin.tunnel);
+    if let Some(reason) = door.closed {
+        return Err(stop(reason));
+    }
+    let tagged = is_tagged(r, is_reply, &door);
+    if !P::GENERAL && (tagged || !replay::is_plain(&door, packet)) {
+        if decided.new {
+            field!(scratch, Scratch, begun).set(found.slot);
+        }
+        return Err(stop(Reason::NoLane));
+    }
+    let tags = (P::GENERAL && tagged).then_some(field!(r, FlowRecord, reply_tags));
     rewrite.write(&packet.ip, transport, door.takes_hop());
     rewrite.write_checksum(packet.ip.proto, transport);
-    let inside = replay::address(&door, packet, Some(transport), port);
+    let inside = replay::address(&door, packet, !P::GENERAL, port);
     replay::touch(env, settings, scratch, found, transport.flags, is_reply);
     if !found.is_still_there() {
-        return Err(stop(Reason::FlowChanged.into()));
+        return Err(stop(Reason::FlowChanged));
     }
     let remote = field!(exit, Exit, kind).get() >= ExitKind::Tunnel as u8;
     let reason = match (is_reply, packet.cut != 0, remote) {
@@ -351,5 +379,21 @@ fn replay_flow<'e, E: Env>(
         (false, true, false) => Reason::DecapDnatLocal,
         (false, true, true) => Reason::DecapDnatRemote,
     };
-    Ok(Departure { door, cut: packet.cut, inside, reason, owner })
+    Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner })
+}
+
+/// Whether a reply leaves with VLAN tags: those of its connection's requests.
+#[inline(always)]
+fn is_tagged(r: At<'_, FlowRecord>, is_reply: bool, door: &Door<'_>) -> bool {
+    let first = field!(r, FlowRecord, reply_tags).element(0).get();
+    is_reply && door.way == Way::Frame && first != Be32::new(0)
+}
+
+/// Whether the plain program began the connection with this packet, before it changed lanes.
+#[inline(always)]
+fn has_begun(scratch: At<'_, Scratch>, found: &Found<'_>) -> bool {
+    let begun = field!(scratch, Scratch, begun);
+    let same = begun.get() == found.slot;
+    begun.set(SnatSlot::FREE);
+    same
 }

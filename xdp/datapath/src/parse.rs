@@ -4,13 +4,16 @@
 //! Rules on receipt: RFC 791 3.1, RFC 8200 3, RFC 768, RFC 9293 3.1, RFC 7348 5.
 
 use crate::access::{At, View};
+use crate::env::Env;
 use crate::field;
 use crate::verdict::Step;
 use crate::wire::{
-    ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, FRAGMENT_MASK, Ipv4,
-    Ipv6, NEXT_HEADER_FRAGMENT, Ports, Tcp, Udp, is_extension_header,
+    ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, Extension,
+    FRAGMENT_MASK, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING, Ports, Tcp, Udp,
+    is_extension_header, is_followed,
 };
-use sluice_abi::{Addr, Be16, Be32, Family, IPPROTO_TCP, IPPROTO_UDP, Reason};
+use core::mem::offset_of;
+use sluice_abi::{Addr, Be16, Be32, Family, IPPROTO_TCP, IPPROTO_UDP, Lane, Reason};
 
 /// The network header in the packet.
 #[derive(Clone, Copy)]
@@ -59,6 +62,80 @@ impl L3<'_> {
     }
 }
 
+/// How much of a packet's form is followed.
+pub trait Form {
+    /// VLAN tags, IPv4 options and extension headers are followed, not only named.
+    const GENERAL: bool;
+
+    /// The program that goes on with what this one stops on.
+    fn lane(reason: Reason) -> Option<Lane>;
+}
+
+/// What nearly every packet looks like: untagged, without options or extension headers, whole. Every
+/// length is a constant.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain;
+
+/// Any form that can be followed.
+#[derive(Clone, Copy, Debug)]
+pub struct General;
+
+impl Form for Plain {
+    const GENERAL: bool = false;
+
+    #[inline(always)]
+    fn lane(reason: Reason) -> Option<Lane> {
+        match reason {
+            Reason::Vlan | Reason::IpOptions | Reason::NoLane => Some(Lane::General),
+            _ => None,
+        }
+    }
+}
+
+impl Form for General {
+    const GENERAL: bool = true;
+
+    #[inline(always)]
+    fn lane(_reason: Reason) -> Option<Lane> {
+        None
+    }
+}
+
+/// VLAN tags that are followed: one, or two (IEEE 802.1ad, "QinQ").
+pub const MAX_TAGS: usize = 2;
+/// Bytes of a VLAN tag (IEEE 802.1Q clause 9): EtherType and control.
+pub const TAG_LEN: u32 = 4;
+/// Extension headers that are followed (RFC 8200 section 4; RFC 9673 lets a router choose).
+const MAX_EXTENSIONS: usize = 6;
+/// Bytes of extension headers that are followed.
+pub const MAX_EXTENSION_BYTES: u32 = 256;
+
+/// A frame's Ethernet header and VLAN tags.
+#[derive(Clone, Copy)]
+pub struct Link<'a> {
+    /// The Ethernet header, where the frame begins.
+    pub first: At<'a, Ethernet>,
+    /// The fourteen bytes in front of the IP header: the Ethernet header, or what of it and of the
+    /// tags is there, where an untagged frame's header would stand.
+    pub last: At<'a, Ethernet>,
+    /// Bytes of the tags between.
+    pub tags: u32,
+    /// From the IP header on.
+    pub l3: View<'a>,
+}
+
+/// Tag `index`, counted from outside, of a frame with `tags` bytes of them, as on the wire; zero if
+/// there is none.
+#[inline(always)]
+pub fn tag(frame: View<'_>, tags: u32, index: u32) -> Be32 {
+    let at = index * TAG_LEN;
+    if at >= tags {
+        return Be32::new(0);
+    }
+    let place = frame.skip(offset_of!(Ethernet, ethertype) + at as usize);
+    place.at::<Be32>().map_or(Be32::new(0), |tag| tag.get())
+}
+
 /// An IP packet.
 #[derive(Clone, Copy)]
 pub struct Ip<'a> {
@@ -68,10 +145,20 @@ pub struct Ip<'a> {
     pub proto: u8,
     /// TTL or hop limit.
     pub hop_limit: u8,
-    /// Header and payload, as the header says, in bytes. At most what the frame holds.
+    /// Headers and payload, as the header says, in bytes. At most what the frame holds.
     pub len: u32,
+    /// Bytes of the header with its options or extension headers.
+    pub header_len: u32,
     /// What hides the transport header: options, extension headers, a fragment.
     pub opaque: Option<Reason>,
+}
+
+impl Ip<'_> {
+    /// Whether options or extension headers follow the fixed header.
+    #[inline(always)]
+    pub fn has_options(&self) -> bool {
+        self.header_len != self.l3.header_len() as u32
+    }
 }
 
 /// A TCP or UDP header.
@@ -96,26 +183,53 @@ pub struct Transport<'a> {
 /// The Ethernet header at the start of `view`, and the IP packet behind it.
 ///
 /// # Errors
-/// `NotIp`, `Vlan` (pass); `IpMalformed`, `Martian` (drop).
+/// `NotIp`, `Vlan`, `TooManyTags`, `ExtensionChain` (pass); `IpMalformed`, `RoutingHeader`, `Martian`
+/// (drop).
 #[inline(always)]
-pub fn ethernet<'a>(view: View<'a>) -> Step<(At<'a, Ethernet>, Ip<'a>)> {
-    let eth = view.at::<Ethernet>().ok_or(Reason::NotIp)?;
-    let ethertype = field!(eth, Ethernet, ethertype).get();
-    let l3 = view.skip(size_of::<Ethernet>());
-    let ip = if ethertype == ETHERTYPE_IPV4 {
-        ipv4(l3)?
-    } else if ethertype == ETHERTYPE_IPV6 {
-        ipv6(l3)?
-    } else if ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_QINQ {
+pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>, Ip<'a>)> {
+    let first = view.at::<Ethernet>().ok_or(Reason::NotIp)?;
+    let mut ethertype = field!(first, Ethernet, ethertype).get();
+    let mut tags = 0;
+    if F::GENERAL {
+        for _ in 0..MAX_TAGS {
+            if is_tag(ethertype) {
+                tags += TAG_LEN as usize;
+                // The type behind the tag stands where an Ethernet header that begins at the tag's
+                // distance would have it. Through a place of its own: what the verifier learns of
+                // the frame's length here would make each number of tags a way of its own.
+                let behind = view.skip(env.forget(tags as u32) as usize & 0xf);
+                let at = behind.at::<Ethernet>().ok_or(Reason::NotIp)?;
+                ethertype = field!(at, Ethernet, ethertype).get();
+            }
+        }
+        if is_tag(ethertype) {
+            return Err(Reason::TooManyTags.into());
+        }
+        tags = env.forget(tags as u32) as usize & 0xf;
+    } else if is_tag(ethertype) {
         return Err(Reason::Vlan.into());
+    }
+    let last = view.skip(tags);
+    let l3 = last.skip(size_of::<Ethernet>());
+    let ip = if ethertype == ETHERTYPE_IPV4 {
+        ipv4::<F>(l3)?
+    } else if ethertype == ETHERTYPE_IPV6 {
+        ipv6::<F, E>(env, l3)?
     } else {
         return Err(Reason::NotIp.into());
     };
-    Ok((eth, ip))
+    let last = last.at::<Ethernet>().ok_or(Reason::NotIp)?;
+    Ok((Link { first, last, tags: tags as u32, l3 }, ip))
+}
+
+/// Whether a VLAN tag follows, not a payload.
+#[inline(always)]
+pub fn is_tag(ethertype: Be16) -> bool {
+    ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_QINQ
 }
 
 #[inline(always)]
-fn ipv4<'a>(view: View<'a>) -> Step<Ip<'a>> {
+fn ipv4<'a, F: Form>(view: View<'a>) -> Step<Ip<'a>> {
     let at = view.at::<Ipv4>().ok_or(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_ihl >> 4 != 4 {
@@ -126,18 +240,20 @@ fn ipv4<'a>(view: View<'a>) -> Step<Ip<'a>> {
     if header_len < 20 || len < header_len || len as usize > view.len() {
         return Err(Reason::IpMalformed.into());
     }
-    let opaque = if header_len != 20 {
+    let opaque = if !F::GENERAL && header_len != 20 {
         Some(Reason::IpOptions)
     } else if header.fragment.host() & FRAGMENT_MASK != 0 {
         Some(Reason::Fragment)
     } else {
         None
     };
-    Ok(Ip { l3: L3::V4(at), proto: header.protocol, hop_limit: header.ttl, len, opaque })
+    let header_len = if F::GENERAL { header_len } else { 20 };
+    let (proto, hop_limit) = (header.protocol, header.ttl);
+    Ok(Ip { l3: L3::V4(at), proto, hop_limit, len, header_len, opaque })
 }
 
 #[inline(always)]
-fn ipv6<'a>(view: View<'a>) -> Step<Ip<'a>> {
+fn ipv6<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
     let at = view.at::<Ipv6>().ok_or(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_class_flow.host() >> 28 != 6 {
@@ -151,38 +267,84 @@ fn ipv6<'a>(view: View<'a>) -> Step<Ip<'a>> {
     if header.src.family() == Family::V4 || header.dst.family() == Family::V4 {
         return Err(Reason::Martian.into());
     }
-    let opaque = if header.next_header == NEXT_HEADER_FRAGMENT {
+    let (mut proto, mut header_len) = (header.next_header, 40);
+    if F::GENERAL {
+        let chain = extensions(env, view, header.next_header, len)?;
+        // Forgotten in one word: next header and length belong together.
+        let chain = env.forget(chain.header_len << 8 | chain.proto as u32);
+        (proto, header_len) = (chain as u8, (chain >> 8) & 0x1ff);
+    }
+    let opaque = if proto == NEXT_HEADER_FRAGMENT {
         Some(Reason::Fragment)
-    } else if is_extension_header(header.next_header) {
+    } else if is_extension_header(proto) {
         Some(Reason::IpOptions)
     } else {
         None
     };
-    Ok(Ip { l3: L3::V6(at), proto: header.next_header, hop_limit: header.hop_limit, len, opaque })
+    let hop_limit = header.hop_limit;
+    Ok(Ip { l3: L3::V6(at), proto, hop_limit, len, header_len, opaque })
 }
 
-/// The transport header of `ip`, whose Ethernet header begins at `view`.
+/// Where a chain of extension headers ends.
+struct Chain {
+    /// What follows.
+    proto: u8,
+    /// Bytes from the IPv6 header on.
+    header_len: u32,
+}
+
+/// Follows hop-by-hop options, destination options and routing headers (RFC 8200 section 4).
+///
+/// # Errors
+/// `ExtensionChain` (pass); `IpMalformed`, `RoutingHeader` (drop).
+#[inline(always)]
+fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain> {
+    let (mut proto, mut header_len) = (first, 40u32);
+    for _ in 0..MAX_EXTENSIONS {
+        if !is_followed(proto) {
+            break;
+        }
+        let header = l3.skip((env.forget(header_len) & 0x1ff) as usize).at::<Extension>();
+        let header = header.ok_or(Reason::IpMalformed)?.get();
+        if proto == NEXT_HEADER_ROUTING && header.segments_left != 0 {
+            return Err(if header.kind == 0 {
+                Reason::RoutingHeader
+            } else {
+                Reason::ExtensionChain
+            }
+            .into());
+        }
+        proto = header.next_header;
+        header_len += (header.len as u32 + 1) * 8;
+        if header_len > 40 + MAX_EXTENSION_BYTES {
+            return Err(Reason::ExtensionChain.into());
+        }
+    }
+    if is_extension_header(proto) {
+        return Err(Reason::ExtensionChain.into());
+    }
+    if header_len > len {
+        return Err(Reason::IpMalformed.into());
+    }
+    Ok(Chain { proto, header_len })
+}
+
+/// The transport header of `ip`, which begins at `l3`.
 ///
 /// # Errors
 /// `Fragment`, `IpOptions`, `OtherProtocol` (pass); `L4Malformed` (drop).
 #[inline(always)]
-pub fn transport<'a>(view: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
+pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     if let Some(reason) = ip.opaque {
         return Err(reason.into());
     }
-    let payload_len = ip.len.wrapping_sub(ip.l3.header_len() as u32);
-    let payload = payload(view, ip);
+    let payload_len = ip.len.wrapping_sub(ip.header_len);
+    let payload = l3.skip(ip.header_len as usize);
     match ip.proto {
         IPPROTO_TCP => tcp(payload, payload_len),
         IPPROTO_UDP => udp(payload, payload_len),
         _ => Err(Reason::OtherProtocol.into()),
     }
-}
-
-/// What follows the IP header of a packet whose Ethernet header begins at `view`.
-#[inline(always)]
-pub fn payload<'a>(view: View<'a>, ip: &Ip<'_>) -> View<'a> {
-    view.skip(size_of::<Ethernet>()).skip(ip.l3.header_len())
 }
 
 #[inline(always)]

@@ -1,20 +1,21 @@
 //! Replays a flow's record on a packet. The only module that writes packet bytes, and only after
 //! everything that could end the packet's way has been asked.
 
-use crate::access::{At, Frame};
+use crate::access::{At, Frame, View};
 use crate::csum::{Sum, negate, update, update_udp};
 use crate::decide::port_delta;
 use crate::encap::{self, Inside};
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
-use crate::parse::{Ip, L3, Transport};
+use crate::parse::{Form, Ip, L3, TAG_LEN, Transport};
 use crate::tcp;
 use crate::verdict::{Action, Owner, Step, Stop, Verdict};
-use crate::wire::{Ethernet, Ipv4, Ipv6, Ports, Tcp, Udp};
+use crate::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ipv4, Ipv6, Ports, Tcp, Udp};
+use core::mem::offset_of;
 use sluice_abi::{
-    Addr, Be16, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod, Reason,
-    Scratch, Settings, Timeouts, Tunnel, Vtep, flow_state,
+    Addr, Be16, Be32, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod,
+    Reason, Scratch, Settings, Timeouts, Tunnel, Vtep, flow_state,
 };
 
 /// A parsed packet inside its frame.
@@ -22,12 +23,26 @@ use sluice_abi::{
 pub struct Located<'a> {
     /// The outermost Ethernet header.
     pub outer: At<'a, Ethernet>,
-    /// The innermost Ethernet header.
+    /// The fourteen bytes in front of the innermost IP header: its Ethernet header, unless there are
+    /// tags.
     pub eth: At<'a, Ethernet>,
     /// The innermost IP packet.
     pub ip: Ip<'a>,
+    /// From the innermost IP header on.
+    pub l3: View<'a>,
     /// Bytes in front of the innermost Ethernet header: outer headers to be cut off, or 0.
     pub cut: u32,
+    /// Bytes of VLAN tags, 0 in what came out of a tunnel. They stay on a packet that the kernel
+    /// gets; another way is another wire.
+    pub tags: u32,
+}
+
+impl Located<'_> {
+    /// Bytes to be cut off in front for a way out.
+    #[inline(always)]
+    pub fn cut_for(&self, door: &Door<'_>) -> u32 {
+        self.cut + if door.takes_hop() { self.tags } else { 0 }
+    }
 }
 
 /// New addresses and ports of one direction: places in the flow's record, and the differences.
@@ -111,10 +126,10 @@ impl<'e> Rewrite<'e> {
     }
 
     /// Updates the transport checksum through the frame, which knows whether it is still to be
-    /// filled in (TC: CHECKSUM_PARTIAL). Places in the packet are void afterwards.
+    /// filled in (TC: CHECKSUM_PARTIAL). The transport header begins at byte `l4` of the frame. Places in the packet are void afterwards.
     #[inline(always)]
-    pub fn frame_checksum<F: Frame>(&self, frame: &mut F, proto: u8, l3_len: usize) -> bool {
-        let offset = size_of::<Ethernet>() + l3_len + checksum_offset(proto);
+    pub fn frame_checksum<F: Frame>(&self, frame: &mut F, proto: u8, l4: usize) -> bool {
+        let offset = l4 + checksum_offset(proto);
         let ports = port_delta(self.transport, self.addresses);
         frame.transport_checksum(offset, self.addresses, ports, proto == IPPROTO_UDP)
     }
@@ -122,11 +137,7 @@ impl<'e> Rewrite<'e> {
 
 #[inline(always)]
 fn checksum_offset(proto: u8) -> usize {
-    if proto == IPPROTO_TCP {
-        core::mem::offset_of!(Tcp, checksum)
-    } else {
-        core::mem::offset_of!(Udp, checksum)
-    }
+    if proto == IPPROTO_TCP { offset_of!(Tcp, checksum) } else { offset_of!(Udp, checksum) }
 }
 
 /// One hop without translation.
@@ -159,6 +170,8 @@ pub enum Way {
 /// a mask ("math between map_value pointer and -4294967296 is not allowed").
 #[derive(Clone, Copy)]
 pub struct Door<'e> {
+    /// Why the way is closed; the other fields then say nothing. Not an `Err`, for the same reason.
+    pub closed: Option<Reason>,
     /// Which kind.
     pub way: Way,
     /// Interface.
@@ -174,13 +187,25 @@ pub struct Door<'e> {
 impl<'e> Door<'e> {
     #[inline(always)]
     fn stack(device: u32) -> Self {
-        Self { way: Way::Stack, ifindex: device, dst_mac: None, src_mac: None, vtep: None }
+        let (dst_mac, src_mac) = (None, None);
+        Self { closed: None, way: Way::Stack, ifindex: device, dst_mac, src_mac, vtep: None }
+    }
+
+    #[inline(always)]
+    fn closed(reason: Reason) -> Self {
+        Self { closed: Some(reason), ..Self::stack(0) }
     }
 
     #[inline(always)]
     fn frame(ifindex: u32, dst: At<'e, Mac>, src: At<'e, Mac>) -> Self {
         let (dst_mac, src_mac) = (Some(dst), Some(src));
-        Self { way: Way::Frame, ifindex, dst_mac, src_mac, vtep: None }
+        Self { closed: None, way: Way::Frame, ifindex, dst_mac, src_mac, vtep: None }
+    }
+
+    /// Whether the outer headers are IPv6's, whose UDP checksum must be right.
+    #[inline(always)]
+    fn is_tunnel_v6(&self) -> bool {
+        self.vtep.is_some_and(|vtep| encap::outer_len(vtep) == encap::OUTER_V6)
     }
 
     /// Whether we are the router on this way (the kernel is on the other).
@@ -192,7 +217,7 @@ impl<'e> Door<'e> {
 
 /// Looks a way out up. Nothing has been written yet.
 ///
-/// # Errors
+/// # Closed
 /// `HopLimit`, `TableBroken` (pass); `NextHopUnresolved`, `TooBig` (drop).
 #[inline(always)]
 pub fn open<'e, E: Env>(
@@ -200,40 +225,40 @@ pub fn open<'e, E: Env>(
     exit: At<'e, Exit>,
     packet: &Located<'_>,
     tunnel: u32,
-) -> Step<Door<'e>> {
+) -> Door<'e> {
     let kind = field!(exit, Exit, kind).get();
     if kind == ExitKind::Stack as u8 {
-        return Ok(Door::stack(if packet.cut == 0 { 0 } else { tunnel_device(env, tunnel) }));
+        return Door::stack(if packet.cut == 0 { 0 } else { tunnel_device(env, tunnel) });
     }
     if packet.ip.hop_limit <= 1 {
-        return Err(Reason::HopLimit.into());
+        return Door::closed(Reason::HopLimit);
     }
     let index = field!(exit, Exit, index).get();
     if kind == ExitKind::Frame as u8 {
-        return Ok(Door::frame(index, field!(exit, Exit, dst_mac), field!(exit, Exit, src_mac)));
+        return Door::frame(index, field!(exit, Exit, dst_mac), field!(exit, Exit, src_mac));
     }
     let (hop, vtep, size) = if kind == ExitKind::Tunnel as u8 {
-        let vtep = env.vtep(index).ok_or(Reason::TableBroken)?;
+        let Some(vtep) = env.vtep(index) else { return Door::closed(Reason::TableBroken) };
         let outer = encap::outer_len(vtep);
         (field!(vtep, Vtep, nexthop).get(), Some(vtep), packet.ip.len + outer)
     } else {
         (index, None, packet.ip.len)
     };
-    let hop = env.next_hop(hop).ok_or(Reason::NextHopUnresolved)?;
+    let Some(hop) = env.next_hop(hop) else { return Door::closed(Reason::NextHopUnresolved) };
     let ifindex = field!(hop, NextHop, ifindex).get();
     if ifindex == 0 {
-        return Err(Reason::NextHopUnresolved.into());
+        return Door::closed(Reason::NextHopUnresolved);
     }
     if size > field!(hop, NextHop, mtu).get() {
-        return Err(Reason::TooBig.into());
+        return Door::closed(Reason::TooBig);
     }
     let door = Door::frame(ifindex, field!(hop, NextHop, dst_mac), field!(hop, NextHop, src_mac));
-    Ok(Door { way: if vtep.is_some() { Way::Tunnel } else { Way::Frame }, vtep, ..door })
+    Door { way: if vtep.is_some() { Way::Tunnel } else { Way::Frame }, vtep, ..door }
 }
 
 /// The way to a pod of this node.
 ///
-/// # Errors
+/// # Closed
 /// `HopLimit` (pass).
 #[inline(always)]
 pub fn open_pod<'e, E: Env>(
@@ -242,15 +267,15 @@ pub fn open_pod<'e, E: Env>(
     redirect: bool,
     packet: &Located<'_>,
     tunnel: u32,
-) -> Step<Door<'e>> {
+) -> Door<'e> {
     if !redirect {
-        return Ok(Door::stack(tunnel_device(env, tunnel)));
+        return Door::stack(tunnel_device(env, tunnel));
     }
     if packet.ip.hop_limit <= 1 {
-        return Err(Reason::HopLimit.into());
+        return Door::closed(Reason::HopLimit);
     }
     let ifindex = field!(pod, Pod, ifindex).get();
-    Ok(Door::frame(ifindex, field!(pod, Pod, pod_mac), field!(pod, Pod, host_mac)))
+    Door::frame(ifindex, field!(pod, Pod, pod_mac), field!(pod, Pod, host_mac))
 }
 
 /// The kernel's vxlan device behind a VTEP, 0 if there is none.
@@ -270,6 +295,8 @@ pub struct Departure<'e> {
     pub door: Door<'e>,
     /// Bytes to be cut off in front.
     pub cut: u32,
+    /// VLAN tags that the frame leaves with.
+    pub tags: Option<At<'e, [Be32; 2]>>,
     /// What outer headers need to know.
     pub inside: Inside,
     /// Why the packet goes.
@@ -278,24 +305,32 @@ pub struct Departure<'e> {
     pub owner: Owner,
 }
 
-/// Writes the Ethernet header for a way out, and gathers what outer headers will need.
+/// Whether the plain form knows all that outer headers need.
 #[inline(always)]
-pub fn address(
-    door: &Door<'_>,
-    packet: &Located<'_>,
-    transport: Option<&Transport<'_>>,
-    port: Be16,
-) -> Inside {
+pub fn is_plain(door: &Door<'_>, packet: &Located<'_>) -> bool {
+    !door.is_tunnel_v6() || encap::is_summed(packet)
+}
+
+/// Writes the Ethernet header for a way out, and gathers what outer headers will need; the inner
+/// frame's sum only if its headers tell it (`summed`).
+#[inline(always)]
+pub fn address(door: &Door<'_>, packet: &Located<'_>, summed: bool, port: Be16) -> Inside {
     let (dst, src) = (field!(packet.eth, Ethernet, dst), field!(packet.eth, Ethernet, src));
     let mut inside = Inside { ip_len: packet.ip.len, port, ecn: 0, sum: 0 };
+    if packet.tags != 0 && door.takes_hop() {
+        let v4 = packet.ip.l3.is_v4();
+        field!(packet.eth, Ethernet, ethertype).set(if v4 {
+            ETHERTYPE_IPV4
+        } else {
+            ETHERTYPE_IPV6
+        });
+    }
     if let Some(vtep) = door.vtep {
         dst.copy_from(field!(vtep, Vtep, remote_mac));
         src.copy_from(field!(vtep, Vtep, local_mac));
         inside.ecn = ecn(&packet.ip);
-        if let Some(transport) = transport
-            && encap::outer_len(vtep) == encap::OUTER_V6
-        {
-            inside.sum = encap::inner_sum(packet.eth, &packet.ip, transport);
+        if summed && door.is_tunnel_v6() {
+            inside.sum = encap::inner_sum(packet);
         }
     } else if let (Some(new_dst), Some(new_src)) = (door.dst_mac, door.src_mac) {
         dst.copy_from(new_dst);
@@ -312,16 +347,29 @@ pub fn address(
 /// # Errors
 /// `HeadRoom` (drop).
 #[inline(always)]
-pub fn leave<F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict> {
+pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict> {
     let stop = Stop { reason: Reason::HeadRoom, service: departure.owner.service };
     let cut = departure.cut as i32;
     let door = departure.door;
-    let outer = door.vtep.map_or(0, |vtep| encap::outer_len(vtep) as i32);
+    let mut inside = departure.inside;
+    if P::GENERAL && door.is_tunnel_v6() {
+        let len = size_of::<Ethernet>() as u32 + inside.ip_len;
+        inside.sum = frame.sum(departure.cut, len);
+    }
+    let outer = match departure.tags {
+        Some(tags) => tags_len(tags) as i32,
+        None => door.vtep.map_or(0, |vtep| encap::outer_len(vtep) as i32),
+    };
     if cut != outer && !frame.adjust_head(cut - outer) {
         return Err(stop);
     }
     if let (Some(vtep), Some(dst), Some(src)) = (door.vtep, door.dst_mac, door.src_mac)
-        && !encap::write(frame, vtep, dst, src, &departure.inside)
+        && !encap::write(frame, vtep, dst, src, &inside)
+    {
+        return Err(stop);
+    }
+    if let (Some(tags), Some(dst), Some(src)) = (departure.tags, door.dst_mac, door.src_mac)
+        && !put_tags(frame, tags, dst, src)
     {
         return Err(stop);
     }
@@ -333,6 +381,43 @@ pub fn leave<F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict
         Action::Pass
     };
     Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
+}
+
+/// Bytes of a record's VLAN tags.
+#[inline(always)]
+fn tags_len(tags: At<'_, [Be32; 2]>) -> u32 {
+    let none = Be32::new(0);
+    if tags.element(0).get() == none {
+        0
+    } else if tags.element(1).get() == none {
+        TAG_LEN
+    } else {
+        2 * TAG_LEN
+    }
+}
+
+/// Writes addresses and tags in front of the EtherType. False if there is no room.
+#[inline(always)]
+fn put_tags<F: Frame>(
+    frame: &F,
+    tags: At<'_, [Be32; 2]>,
+    dst: At<'_, Mac>,
+    src: At<'_, Mac>,
+) -> bool {
+    let view = frame.view();
+    let Some(eth) = view.at::<Ethernet>() else { return false };
+    field!(eth, Ethernet, dst).copy_from(dst);
+    field!(eth, Ethernet, src).copy_from(src);
+    for i in 0..2 {
+        let tag = tags.element(i).get();
+        if tag == Be32::new(0) {
+            break;
+        }
+        let place = offset_of!(Ethernet, ethertype) + (i * TAG_LEN) as usize;
+        let Some(at) = view.skip(place).at::<Be32>() else { return false };
+        at.set(tag);
+    }
+    true
 }
 
 /// The ECN field (RFC 3168 section 5).

@@ -16,39 +16,42 @@ use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
-use crate::parse::{self, Transport};
+use crate::parse::{self, Form, Transport};
 use crate::replay::{self, Located, Rewrite};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::Ethernet;
 use sluice_abi::{
-    Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, Vtep, record_flags,
-    settings_flags,
+    Be32, Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, Vtep,
+    record_flags, settings_flags,
 };
 
 /// A translation whose transport checksum is still to be written through the frame.
 struct Pending<'e> {
     rewrite: Rewrite<'e>,
     proto: u8,
-    l3_len: usize,
+    /// Where the transport header begins in the frame.
+    l4: usize,
     verdict: Verdict,
 }
 
 /// TC ingress at the host side of a pod. Packets of anybody else pass.
 #[inline(always)]
-pub fn ingress<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
-    run(env, frame, Hook::TcIngress, |env, settings, view, ifindex| {
-        from_pod(env, settings, view, ifindex)
+pub fn ingress<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+    run::<P, E, F>(env, frame, Hook::TcIngress, |env, settings, view, ifindex| {
+        from_pod::<P, E>(env, settings, view, ifindex)
     })
 }
 
 /// TC egress of uplinks, of the kernel's vxlan devices and of the host sides of pods.
 #[inline(always)]
-pub fn egress<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
-    run(env, frame, Hook::TcEgress, |env, settings, view, _| to_client(env, settings, view))
+pub fn egress<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+    run::<P, E, F>(env, frame, Hook::TcEgress, |env, settings, view, _| {
+        to_client::<P, E>(env, settings, view)
+    })
 }
 
 #[inline(always)]
-fn run<'e, E: Env, F: Frame>(
+fn run<'e, P: Form, E: Env, F: Frame>(
     env: &'e E,
     frame: &mut F,
     hook: Hook,
@@ -58,13 +61,20 @@ fn run<'e, E: Env, F: Frame>(
     let verdict = match bypass(env) {
         Ok(settings) => match plan(env, settings, frame.view(), frame.ingress_ifindex()) {
             Ok(p) => {
-                if p.rewrite.frame_checksum(frame, p.proto, p.l3_len) {
+                if p.rewrite.frame_checksum(frame, p.proto, p.l4) {
                     p.verdict
                 } else {
                     Stop { reason: Reason::FlowChanged, service: p.verdict.owner.service }.into()
                 }
             }
-            Err(stop) => stop.into(),
+            Err(stop) => {
+                if let Some(lane) = P::lane(stop.reason)
+                    && frame.change_lane(hook, lane)
+                {
+                    return stop.into();
+                }
+                stop.into()
+            }
         },
         Err(stop) => stop.into(),
     };
@@ -82,12 +92,20 @@ fn bypass<E: Env>(env: &E) -> Step<At<'_, Settings>> {
 }
 
 #[inline(always)]
-fn open<'f>(view: View<'f>) -> Step<(Located<'f>, Transport<'f>)> {
-    let (eth, ip) = parse::ethernet(view)?;
-    if field!(eth, Ethernet, dst).get().is_group() {
+fn open<'f, P: Form, E: Env>(env: &E, view: View<'f>) -> Step<(Located<'f>, Transport<'f>)> {
+    let (link, ip) = parse::ethernet::<P, E>(env, view)?;
+    if field!(link.first, Ethernet, dst).get().is_group() {
         return Err(Reason::Group.into());
     }
-    Ok((Located { outer: eth, eth, ip, cut: 0 }, parse::transport(view, &ip)?))
+    let transport = parse::transport(link.l3, &ip)?;
+    let (outer, eth, l3, tags) = (link.first, link.last, link.l3, link.tags);
+    Ok((Located { outer, eth, ip, l3, cut: 0, tags }, transport))
+}
+
+/// Where the transport header begins in the frame.
+#[inline(always)]
+fn l4(packet: &Located<'_>) -> usize {
+    size_of::<Ethernet>() + packet.tags as usize + packet.ip.header_len as usize
 }
 
 #[inline(always)]
@@ -102,12 +120,12 @@ fn owner(r: At<'_, FlowRecord>, direction: Direction, new_flow: bool) -> Owner {
 
 /// A reply leaves for the client: the VIP becomes its source.
 #[inline(always)]
-fn to_client<'e, E: Env>(
+fn to_client<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     view: View<'_>,
 ) -> Step<Pending<'e>> {
-    let (packet, transport) = open(view)?;
+    let (packet, transport) = open::<P, E>(env, view)?;
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     decide::stash(scratch, &packet.ip, &transport);
     let place = flow::place(env, settings, packet.ip.l3.dst(), transport.dst, packet.ip.proto)
@@ -124,20 +142,20 @@ fn to_client<'e, E: Env>(
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
     }
-    let (proto, l3_len) = (packet.ip.proto, packet.ip.l3.header_len());
+    let (proto, l4) = (packet.ip.proto, l4(&packet));
     let verdict = Verdict { action: Action::Pass, reason: Reason::ReplyLocal, owner };
-    Ok(Pending { rewrite, proto, l3_len, verdict })
+    Ok(Pending { rewrite, proto, l4, verdict })
 }
 
 /// A pod of this node sends: a request, or a reply that must skip the stack as its request did.
 #[inline(always)]
-fn from_pod<'e, E: Env>(
+fn from_pod<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     view: View<'_>,
     ifindex: u32,
 ) -> Step<Pending<'e>> {
-    let (packet, transport) = open(view)?;
+    let (packet, transport) = open::<P, E>(env, view)?;
     let pod = env.pod(&packet.ip.l3.src()).ok_or(Reason::NoService)?;
     if field!(pod, Pod, ifindex).get() != ifindex {
         return Err(Reason::NoService.into());
@@ -146,7 +164,7 @@ fn from_pod<'e, E: Env>(
     decide::stash(scratch, &packet.ip, &transport);
     match short_cut(env, settings, scratch, &packet, &transport)? {
         Some(pending) => Ok(pending),
-        None => pod_request(env, settings, scratch, &packet, &transport),
+        None => pod_request(env, settings, scratch, view, &packet, &transport),
     }
 }
 
@@ -170,7 +188,9 @@ fn short_cut<'e, E: Env>(
     let Some((ifindex, dst_mac, src_mac)) = reply_way(env, field!(r, FlowRecord, reply)) else {
         return Ok(None);
     };
-    if forward != ExitKind::Frame as u8 || packet.ip.hop_limit <= 1 {
+    // What has tags, or is to get some, is the stack's: it knows the VLANs.
+    let tags = field!(r, FlowRecord, reply_tags).element(0).get() != Be32::new(0);
+    if forward != ExitKind::Frame as u8 || packet.ip.hop_limit <= 1 || tags || packet.tags != 0 {
         return Ok(None);
     }
     field!(packet.eth, Ethernet, dst).copy_from(dst_mac);
@@ -184,8 +204,8 @@ fn short_cut<'e, E: Env>(
     }
     let action = Action::Redirect(ifindex);
     let verdict = Verdict { action, reason: Reason::ReplyLocal, owner };
-    let (proto, l3_len) = (packet.ip.proto, packet.ip.l3.header_len());
-    Ok(Some(Pending { rewrite, proto, l3_len, verdict }))
+    let (proto, l4) = (packet.ip.proto, l4(packet));
+    Ok(Some(Pending { rewrite, proto, l4, verdict }))
 }
 
 /// Interface and Ethernet header of a reply that skips the stack; a tunnel's is the kernel's
@@ -230,12 +250,21 @@ fn pod_request<'e, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     scratch: At<'e, Scratch>,
+    frame: View<'_>,
     packet: &Located<'_>,
     transport: &Transport<'_>,
 ) -> Step<Pending<'e>> {
     let place = flow::place(env, settings, packet.ip.l3.src(), transport.src, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
-    let origin = Origin { tunnel: 0, in_cluster: true, snat: false, ifindex: 0, eth: packet.outer };
+    let origin = Origin {
+        tunnel: 0,
+        in_cluster: true,
+        snat: false,
+        ifindex: 0,
+        eth: packet.outer,
+        frame,
+        tags: 0,
+    };
     let request = match flow::find_request(&place, &decide::stashed(scratch)) {
         Some(found) if !is_ours(env, &found, transport.flags) => {
             flow::release(env, &found);
@@ -259,6 +288,6 @@ fn pod_request<'e, E: Env>(
     let reason =
         if forward >= ExitKind::Tunnel as u8 { Reason::DnatRemote } else { Reason::DnatLocal };
     let verdict = Verdict { action: Action::Pass, reason, owner };
-    let (proto, l3_len) = (packet.ip.proto, packet.ip.l3.header_len());
-    Ok(Pending { rewrite, proto, l3_len, verdict })
+    let (proto, l4) = (packet.ip.proto, l4(packet));
+    Ok(Pending { rewrite, proto, l4, verdict })
 }

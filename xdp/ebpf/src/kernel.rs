@@ -118,6 +118,13 @@ impl Env for Kernel {
         jiffies()
     }
     #[inline(always)]
+    fn forget(&self, value: u32) -> u32 {
+        let Some(scratch) = self.scratch() else { return value };
+        let forgotten = sluice_datapath::field!(scratch, Scratch, forgotten);
+        forgotten.set_now(value as u64);
+        forgotten.get_now() as u32
+    }
+    #[inline(always)]
     fn reason_counter(&self, index: u32) -> Option<At<'_, ReasonCounter>> {
         at!(sl_reason_v1.get_ptr_mut(index))
     }

@@ -6,6 +6,7 @@
 //! | `tc_uplink`  | TC   | ingress of uplinks: receives what XDP handed over               |
 //! | `tc_ingress` | TC   | ingress of the host sides of pods                               |
 //! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
+//! | `*_general`  | both | reached by a tail call from the above: headers of any length    |
 //! | `xdp_pass`   | XDP  | the far end of a veth that must receive redirected frames       |
 //! | `xdp_clock`  | –    | run by the agent only: how long is a jiffy?                     |
 //!
@@ -25,7 +26,9 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
+use skb::{GENERAL_HEADERS, HEADERS};
 use sluice_abi::Trap;
+use sluice_datapath::parse::{Form, General, Plain};
 use sluice_datapath::verdict::Action;
 use sluice_datapath::{ingress, tc};
 
@@ -37,8 +40,19 @@ const TC_NEXT: i32 = -1;
 /// Ingress of an uplink.
 #[xdp]
 pub fn xdp_node(ctx: XdpContext) -> u32 {
+    node::<Plain>(ctx)
+}
+
+/// Goes on where `xdp_node` stops at tags, options or extension headers.
+#[xdp]
+pub fn xdp_general(ctx: XdpContext) -> u32 {
+    node::<General>(ctx)
+}
+
+#[inline(always)]
+fn node<P: Form>(ctx: XdpContext) -> u32 {
     let mut frame = xdp::XdpFrame::new(ctx.ctx);
-    match ingress::xdp(&Kernel, &mut frame).action {
+    match ingress::xdp::<P, _, _>(&Kernel, &mut frame).action {
         Action::Pass | Action::Receive(_) => XDP_PASS,
         Action::Drop => XDP_DROP,
         Action::Transmit => XDP_TX,
@@ -66,21 +80,43 @@ pub fn tc_uplink(ctx: TcContext) -> i32 {
 /// Ingress of the host sides of pods.
 #[classifier]
 pub fn tc_ingress(ctx: TcContext) -> i32 {
-    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
-    if !frame.pull() {
-        return TC_NEXT;
-    }
-    exit(tc::ingress(&Kernel, &mut frame).action)
+    tc_in::<Plain>(ctx, HEADERS)
 }
 
 /// Egress of uplinks, vxlan devices and of the host sides of pods.
 #[classifier]
 pub fn tc_egress(ctx: TcContext) -> i32 {
+    tc_out::<Plain>(ctx, HEADERS)
+}
+
+/// Goes on where `tc_ingress` stops at tags, options or extension headers.
+#[classifier]
+pub fn tc_in_general(ctx: TcContext) -> i32 {
+    tc_in::<General>(ctx, GENERAL_HEADERS)
+}
+
+/// Goes on where `tc_egress` stops at tags, options or extension headers.
+#[classifier]
+pub fn tc_out_general(ctx: TcContext) -> i32 {
+    tc_out::<General>(ctx, GENERAL_HEADERS)
+}
+
+#[inline(always)]
+fn tc_in<P: Form>(ctx: TcContext, headers: u32) -> i32 {
     let mut frame = skb::SkbFrame::new(ctx.skb.skb);
-    if !frame.pull() {
+    if !frame.pull(headers) {
         return TC_NEXT;
     }
-    exit(tc::egress(&Kernel, &mut frame).action)
+    exit(tc::ingress::<P, _, _>(&Kernel, &mut frame).action)
+}
+
+#[inline(always)]
+fn tc_out<P: Form>(ctx: TcContext, headers: u32) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(headers) {
+        return TC_NEXT;
+    }
+    exit(tc::egress::<P, _, _>(&Kernel, &mut frame).action)
 }
 
 #[inline(always)]

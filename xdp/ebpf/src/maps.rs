@@ -3,10 +3,10 @@
 #![allow(non_upper_case_globals)]
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_spin_lock};
-use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, NextHop, Pod,
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, JUMP_SLOTS, NextHop, Pod,
     ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
@@ -65,3 +65,7 @@ pub static sl_svcstat_v1: PerCpuArray<ServiceCounter, { maps::DEFAULT_SERVICES a
 #[btf_map]
 pub static sl_bestat_v1: PerCpuArray<BackendCounter, { maps::DEFAULT_BACKENDS as usize }> =
     PerCpuArray::new();
+#[btf_map]
+pub static sl_jump_v1: ProgramArray<{ JUMP_SLOTS as usize }> = ProgramArray::new();
+#[btf_map]
+pub static sl_jumptc_v1: ProgramArray<{ JUMP_SLOTS as usize }> = ProgramArray::new();

@@ -1,16 +1,22 @@
 //! A packet at a TC hook.
 
+use crate::maps::sl_jumptc_v1;
 use crate::xdp::{HAND_OVER_MAGIC, HandOver};
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::{bpf_l4_csum_replace, bpf_skb_pull_data};
+use aya_ebpf::programs::TcContext;
+use sluice_abi::{Hook, Lane};
 use sluice_datapath::access::Frame;
+use sluice_datapath::parse::{MAX_EXTENSION_BYTES, TAG_LEN};
 
 /// `BPF_F_PSEUDO_HDR`: the difference is in the pseudo header (kernel include/uapi/linux/bpf.h).
 const BPF_F_PSEUDO_HDR: u64 = 1 << 4;
 /// `BPF_F_MARK_MANGLED_0`: a UDP checksum of zero means none (RFC 768).
 const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
 /// Ethernet, IPv6 and TCP without options: what must lie in the linear part.
-const HEADERS: u32 = 14 + 40 + 20;
+pub const HEADERS: u32 = 14 + 40 + 20;
+/// The same with everything that the general form follows.
+pub const GENERAL_HEADERS: u32 = HEADERS + 2 * TAG_LEN + MAX_EXTENSION_BYTES;
 
 /// A packet at a TC hook.
 pub struct SkbFrame(*mut __sk_buff);
@@ -36,12 +42,12 @@ impl SkbFrame {
         (mark.magic == HAND_OVER_MAGIC).then_some(mark.ifindex)
     }
 
-    /// Makes the headers linear and writable. False if the packet is too odd for that.
+    /// Makes the first `headers` bytes linear and writable. False if the packet is too odd for that.
     #[inline(always)]
-    pub fn pull(&mut self) -> bool {
+    pub fn pull(&mut self, headers: u32) -> bool {
         // SAFETY: the context is valid while the program runs.
         let len = unsafe { (&raw const (*self.0).len).read_volatile() };
-        let want = if len < HEADERS { len } else { HEADERS };
+        let want = if len < headers { len } else { headers };
         // SAFETY: as above.
         unsafe { bpf_skb_pull_data(self.0, want) == 0 }
     }
@@ -83,6 +89,16 @@ unsafe impl Frame for SkbFrame {
             bpf_l4_csum_replace(self.0, offset, 0, addresses as u64, BPF_F_PSEUDO_HDR | zero) == 0
                 && (ports == 0 || bpf_l4_csum_replace(self.0, offset, 0, ports as u64, zero) == 0)
         }
+    }
+    #[inline(always)]
+    fn sum(&self, _offset: u32, _len: u32) -> u16 {
+        0
+    }
+    #[inline(always)]
+    fn change_lane(&mut self, hook: Hook, lane: Lane) -> bool {
+        // SAFETY: nothing of this program lives on where another takes over.
+        unsafe { sl_jumptc_v1.tail_call(&TcContext::new(self.0), lane.slot(hook)) };
+        false
     }
     #[inline(always)]
     fn ingress_ifindex(&self) -> u32 {

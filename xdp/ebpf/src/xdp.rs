@@ -1,10 +1,13 @@
 //! A frame at the XDP hook.
 
+use crate::maps::{sl_jump_v1, sl_scratch_v1};
 use crate::trap;
 use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_xdp_load_bytes};
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta};
-use sluice_abi::Trap;
-use sluice_datapath::access::Frame;
+use aya_ebpf::programs::XdpContext;
+use sluice_abi::{Hook, Lane, SCRATCH_BYTES, Trap};
+use sluice_datapath::access::{Frame, opaque};
 use sluice_datapath::csum;
 
 /// What XDP leaves in front of a packet for TC ingress.
@@ -22,6 +25,9 @@ pub const HAND_OVER_MAGIC: u32 = 0x736c_7563; // "sluc"
 
 /// A frame at the XDP hook.
 pub struct XdpFrame(*mut xdp_md);
+
+/// Chunks that a sum covers at most.
+const MOST_CHUNKS: u32 = 16_384 / SCRATCH_BYTES;
 
 impl XdpFrame {
     /// The frame of a program's context.
@@ -78,8 +84,78 @@ unsafe impl Frame for XdpFrame {
         true
     }
     #[inline(always)]
+    fn sum(&self, offset: u32, len: u32) -> u16 {
+        sl_sum(self.0, offset, len) as u16
+    }
+    #[inline(always)]
+    fn change_lane(&mut self, hook: Hook, lane: Lane) -> bool {
+        // SAFETY: nothing of this program lives on where another takes over.
+        unsafe { sl_jump_v1.tail_call(&XdpContext::new(self.0), lane.slot(hook)) };
+        false
+    }
+    #[inline(always)]
     fn ingress_ifindex(&self) -> u32 {
         // SAFETY: the context is valid while the program runs.
         unsafe { (&raw const (*self.0).ingress_ifindex).read_volatile() }
     }
+}
+
+/// One's complement sum of `len` bytes of the packet from `offset` on, 0 if they are not there or too
+/// many. A function of its own: the verifier follows its loop once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sl_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u64 {
+    const CHUNK: u32 = SCRATCH_BYTES;
+    let Some(scratch) = sl_scratch_v1.get_ptr_mut(0) else { return 0 };
+    // SAFETY: a map value.
+    let bytes = unsafe { &raw mut (*scratch).bytes };
+    let (mut sum, mut done) = (0u32, 0u32);
+    for _ in 0..MOST_CHUNKS {
+        if done + CHUNK > len {
+            break;
+        }
+        // SAFETY: the context is valid, `bytes` is CHUNK bytes long.
+        sum = match unsafe { add(ctx, offset + done, bytes.cast(), CHUNK, sum) } {
+            Some(sum) => sum,
+            None => return 0,
+        };
+        done += CHUNK;
+    }
+    let rest = len.wrapping_sub(done);
+    if rest >= CHUNK {
+        return 0;
+    }
+    if rest != 0 {
+        // From one to CHUNK, in a way that the verifier sees.
+        let rest = (opaque(rest as u64 - 1) as u32 & (CHUNK - 1)) + 1;
+        // SAFETY: a map value, written word by word.
+        unsafe {
+            let words: *mut u64 = bytes.cast();
+            for i in 0..CHUNK as usize / 8 {
+                words.wrapping_add(i).write_volatile(0);
+            }
+        }
+        // SAFETY: as above; `rest` is below CHUNK.
+        sum = match unsafe { add(ctx, offset + done, bytes.cast(), rest, sum) } {
+            Some(sum) => sum,
+            None => return 0,
+        };
+    }
+    csum::Sum(sum as u64).fold() as u64
+}
+
+/// Adds `len` bytes at `offset` to `sum`, through the scratch room at `bytes`.
+///
+/// # Safety
+/// `bytes` points to [`SCRATCH_BYTES`] bytes of a map value, zero from `len` on.
+#[inline(always)]
+unsafe fn add(ctx: *mut xdp_md, offset: u32, bytes: *mut u8, len: u32, sum: u32) -> Option<u32> {
+    // SAFETY: the context is valid while the program runs, `bytes` by the caller.
+    let loaded = unsafe { bpf_xdp_load_bytes(ctx, offset, bytes.cast(), len) };
+    if loaded != 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.cast(), SCRATCH_BYTES, sum) };
+    u32::try_from(sum).ok()
 }

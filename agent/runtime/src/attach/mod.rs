@@ -10,6 +10,7 @@
 
 mod bpffs;
 mod detach;
+mod lanes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -31,6 +32,7 @@ use crate::facts::kernel::Link;
 use crate::maps::{MapsError, Pins, Shape, check_pins, shapes};
 
 pub use bpffs::{BpffsError, mount as mount_bpffs, unmount as unmount_bpffs};
+pub use lanes::{LaneError, fill_lanes};
 
 /// The object with all programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SLUICE_BPF_OBJECT"));
@@ -67,6 +69,9 @@ pub enum AttachError {
         /// Which program.
         name: &'static str,
     },
+    /// The programs behind the fast ones cannot be brought up.
+    #[error("{0}; what runs already keeps running")]
+    Lanes(#[from] LaneError),
     /// Removing a pin failed.
     #[error("remove {}: {source}", path.display())]
     Unpin {
@@ -221,6 +226,7 @@ impl Attacher {
                 .load()
                 .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
         }
+        fill_lanes(&mut ebpf)?;
         // For the command line, which has no programs of its own.
         let clock = clock_path(pins.dir());
         match std::fs::remove_file(&clock) {

@@ -62,6 +62,9 @@ pub enum BenchError {
         /// What aya says.
         source: Box<EbpfError>,
     },
+    /// The programs behind the fast ones cannot be brought up.
+    #[error(transparent)]
+    Lanes(#[from] crate::attach::LaneError),
     /// The kernel does not take or does not run a program.
     #[error("program {name}: {}", causes(source))]
     Program {

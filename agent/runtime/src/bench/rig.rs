@@ -17,6 +17,7 @@ use super::BenchError;
 use super::packet::{Packet, SYN};
 use super::scenario::{Kind, Scenario};
 use super::tables::{self, Tables};
+use crate::attach::fill_lanes;
 use crate::config::{self, Config};
 use crate::maps::{Plain, Shape, shapes};
 use crate::settings;
@@ -85,6 +86,7 @@ impl Rig {
             let fd = load(ebpf, name)?;
             targets.set(target as u32, &fd, 0).map_err(map_error(BENCH_TARGETS))?;
         }
+        fill_lanes(&mut node)?;
         load(&mut wrapper, WRAP)?;
         let mut rig = Self {
             node,

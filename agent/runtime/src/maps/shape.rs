@@ -5,8 +5,9 @@
 
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, MAX_TUNNELS, NextHop, Pod,
-    ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS,
+    NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep,
+    VtepKey, maps,
 };
 
 use super::{MapsError, Pins};
@@ -29,7 +30,7 @@ pub struct Shape {
 
 /// All maps with the sizes that `sizes` asks for.
 pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
-    use MapType::{Array, Hash, PerCpuArray};
+    use MapType::{Array, Hash, PerCpuArray, ProgramArray};
     fn shape<K, V>(name: &'static str, map_type: MapType, max_entries: u32) -> Shape {
         Shape {
             name,
@@ -57,6 +58,8 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, ReasonCounter>(maps::REASON, PerCpuArray, reasons),
         shape::<u32, ServiceCounter>(maps::SERVICE_STAT, PerCpuArray, sizes.services),
         shape::<u32, BackendCounter>(maps::BACKEND_STAT, PerCpuArray, sizes.backends),
+        shape::<u32, u32>(maps::JUMP, ProgramArray, JUMP_SLOTS),
+        shape::<u32, u32>(maps::JUMP_TC, ProgramArray, JUMP_SLOTS),
     ]
 }
 

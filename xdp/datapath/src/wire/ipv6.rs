@@ -24,6 +24,32 @@ pub struct Ipv6 {
 /// Fragment header (RFC 8200 section 4.5).
 pub const NEXT_HEADER_FRAGMENT: u8 = 44;
 
+/// Routing header (RFC 8200 section 4.4).
+pub const NEXT_HEADER_ROUTING: u8 = 43;
+
+/// The first words of hop-by-hop options, destination options and routing headers (RFC 8200
+/// sections 4.3, 4.4, 4.6).
+#[derive(Clone, Copy, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Extension {
+    /// What follows this header.
+    pub next_header: u8,
+    /// Its length in units of 8 bytes, the first unit not counted.
+    pub len: u8,
+    /// Routing type, in a routing header.
+    pub kind: u8,
+    /// Segments left, in a routing header.
+    pub segments_left: u8,
+}
+
+/// Whether `next_header` is an extension header that carries nothing a translation must not change
+/// and has the common form: hop-by-hop options, routing, destination options. The authentication
+/// header covers the addresses.
+#[inline(always)]
+pub const fn is_followed(next_header: u8) -> bool {
+    matches!(next_header, 0 | NEXT_HEADER_ROUTING | 60)
+}
+
 /// Whether `next_header` is an extension header (IANA IPv6 extension header types), the fragment
 /// header apart.
 #[inline(always)]

@@ -1,0 +1,37 @@
+//! Which program goes on where a fast one stops.
+
+use crate::Hook;
+
+/// A kind of packet that the fast programs leave to another program, by a tail call.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u32)]
+pub enum Lane {
+    /// VLAN tags, IPv4 options, IPv6 extension headers: the same way as in the fast programs, with
+    /// headers whose lengths vary.
+    General = 0,
+}
+
+/// Slots per hook of the TC hooks' array; room for growth.
+const SLOTS_PER_HOOK: u32 = 8;
+
+/// `max_entries` of `sl_jump_v1` and of `sl_jumptc_v1`.
+pub const JUMP_SLOTS: u32 = SLOTS_PER_HOOK * 2;
+
+/// Every program that is reached by a tail call: hook, lane, name.
+pub const LANES: &[(Hook, Lane, &str)] = &[
+    (Hook::Xdp, Lane::General, "xdp_general"),
+    (Hook::TcIngress, Lane::General, "tc_in_general"),
+    (Hook::TcEgress, Lane::General, "tc_out_general"),
+];
+
+impl Lane {
+    /// Slot of the program at `hook`: in `sl_jump_v1` for XDP, in `sl_jumptc_v1` for TC, because the
+    /// programs of an array must be of one kind.
+    #[inline(always)]
+    pub const fn slot(self, hook: Hook) -> u32 {
+        match hook {
+            Hook::Xdp | Hook::TcIngress => self as u32,
+            Hook::TcEgress => SLOTS_PER_HOOK + self as u32,
+        }
+    }
+}
