@@ -37,7 +37,7 @@ pub mod interrupt;
 mod ip;
 mod lab;
 pub mod netns;
-mod pass;
+pub mod pass;
 pub mod plan;
 pub mod preflight;
 pub mod probe;

@@ -46,7 +46,8 @@ impl PassProgram {
     }
 
     fn load_code(code: &[u8]) -> Result<Self, LabError> {
-        let mut object = Ebpf::load(&object(code)).map_err(|e| LabError::Bpf(chain(&e)))?;
+        let mut object =
+            Ebpf::load(&object("xdp", PROGRAM, code)).map_err(|e| LabError::Bpf(chain(&e)))?;
         let program: &mut Xdp = object
             .program_mut(PROGRAM)
             .ok_or_else(|| LabError::Bpf(format!("no program {PROGRAM} in the object")))?
@@ -113,11 +114,13 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// A relocatable ELF file (TIS ELF 1.2; e_machine EM_BPF = 247) with the program in section `xdp`.
-fn object(code: &[u8]) -> Vec<u8> {
+/// A relocatable ELF file (TIS ELF 1.2; e_machine EM_BPF = 247) with program `name` in `section`, by
+/// which loaders know its kind: `xdp`, `classifier`.
+pub fn object(section: &str, name: &str, code: &[u8]) -> Vec<u8> {
     let license = b"GPL\0";
-    let names = b"\0lab_pass\0";
-    let section_names = b"\0xdp\0license\0.symtab\0.strtab\0.shstrtab\0";
+    let names = format!("\0{name}\0");
+    let section_names = format!("\0{section}\0license\0.symtab\0.strtab\0.shstrtab\0");
+    let at = |name: &str| section_names.find(&format!("\0{name}\0")).map_or(0, |at| at as u32 + 1);
 
     // Two symbols: the empty one, and the program (global, function, section 1).
     let mut symbols = vec![0; 24];
@@ -131,11 +134,11 @@ fn object(code: &[u8]) -> Vec<u8> {
     type Section<'a> = (u32, u32, u64, &'a [u8], u32, u32, u64);
     let sections: [Section<'_>; 6] = [
         (0, 0, 0, &[], 0, 0, 0),
-        (1, 1, 2 | 4, code, 0, 0, 0),
-        (5, 1, 2, license, 0, 0, 0),
-        (13, 2, 0, &symbols, 4, 1, 24),
-        (21, 3, 0, names, 0, 0, 0),
-        (29, 3, 0, section_names, 0, 0, 0),
+        (at(section), 1, 2 | 4, code, 0, 0, 0),
+        (at("license"), 1, 2, license, 0, 0, 0),
+        (at(".symtab"), 2, 0, &symbols, 4, 1, 24),
+        (at(".strtab"), 3, 0, names.as_bytes(), 0, 0, 0),
+        (at(".shstrtab"), 3, 0, section_names.as_bytes(), 0, 0, 0),
     ];
     let mut body = Vec::new();
     let mut headers = Vec::new();

@@ -110,11 +110,13 @@ fn fabric(plan: &Plan) -> Result<(), LabError> {
     Ok(())
 }
 
-/// A native XDP program sees what the other end hands over: a checksum still to be filled in or a
-/// segment larger than the MTU is not a packet of the wire. A veth hands those over unless told
-/// not to.
+/// A native XDP program sees what the other end hands over: a checksum still to be filled in, a
+/// segment larger than the MTU or a VLAN tag beside the packet is not a packet of the wire. A veth
+/// hands those over unless told not to.
 fn without_offloads(netns: &Netns, device: &str, gro: &str) -> Result<(), LabError> {
-    offloads(netns, device, &["tx", "off", "tso", "off", "gso", "off", "gro", gro])
+    let tags = ["txvlan", "off", "tx-vlan-stag-hw-insert", "off"];
+    offloads(netns, device, &["tx", "off", "tso", "off", "gso", "off", "gro", gro])?;
+    offloads(netns, device, &tags)
 }
 
 fn client(plan: &Plan, spec: &LabSpec) -> Result<(), LabError> {

@@ -7,7 +7,7 @@ mod node;
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use node::{Node, in_namespace, sh};
-use sluice::attach::{Attacher, OBJECT, Role, Rung, link_pins, remove_pins};
+use sluice::attach::{Attacher, OBJECT, Obstacle, Role, Rung, link_pins, remove_pins};
 use sluice::config::Mode;
 use sluice::facts::kernel::{Kernel, Link};
 use sluice::netlink::Netlink;
@@ -85,6 +85,33 @@ fn forced_mode_is_obeyed_and_a_changed_one_moves_the_link() {
         let attacher = start(node, Mode::Generic);
         assert_eq!(attacher.interfaces()["up0"].mode, Rung::Generic);
         assert_eq!(link("up0").xdp[0].1, "generic");
+    });
+}
+
+#[test]
+fn obstacle_takes_xdp_off_and_its_end_puts_it_back() {
+    in_namespace(|node| {
+        veth();
+        let wanted = [(link("up0"), Role::Uplink)];
+        for (mode, without_xdp) in [(Mode::Auto, Rung::Tc), (Mode::Native, Rung::None)] {
+            let mut attacher = start(node, mode);
+            assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+            let obstacle = Obstacle { reason: "in the way".into(), remedy: "go round".into() };
+            let obstacles = std::collections::BTreeMap::from([("up0".to_owned(), obstacle)]);
+            for _ in 0..2 {
+                attacher.set_obstacles(obstacles.clone());
+                attacher.reconcile(&wanted, |_| mode);
+                let attached = &attacher.interfaces()["up0"];
+                assert_eq!(attached.mode, without_xdp, "{attached:?}");
+                let [refusal] = attached.refusals.as_slice() else { panic!("{attached:?}") };
+                assert_eq!((&*refusal.rung, &*refusal.reason), ("native", "in the way"));
+                assert!(link("up0").xdp.is_empty());
+            }
+            attacher.set_obstacles(Default::default());
+            attacher.reconcile(&wanted, |_| mode);
+            assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+            assert_eq!(link("up0").xdp.len(), 1);
+        }
     });
 }
 

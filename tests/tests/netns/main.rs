@@ -13,3 +13,4 @@ mod path_mtu;
 mod services;
 mod switches;
 mod tunnel;
+mod vlan;

@@ -138,6 +138,15 @@ pub struct Refusal {
     pub remedy: String,
 }
 
+/// Why XDP must not run on an interface, whatever the kernel says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What is in the way.
+    pub reason: String,
+    /// What would lift it.
+    pub remedy: String,
+}
+
 /// What an interface is to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, PartialOrd, Ord)]
 #[serde(rename_all = "snake_case")]
@@ -192,6 +201,8 @@ pub struct Attacher {
     interfaces: BTreeMap<String, Attached>,
     /// What an earlier agent found out, so that a refusal keeps its reason when a link is taken over.
     earlier: BTreeMap<String, Attached>,
+    /// Interfaces on which XDP must not run.
+    obstacles: BTreeMap<String, Obstacle>,
     /// Held so that the links survive somebody's `umount` of the BPF file system.
     held: BTreeMap<PathBuf, FdLink>,
 }
@@ -244,6 +255,7 @@ impl Attacher {
             pins,
             interfaces: BTreeMap::new(),
             earlier: BTreeMap::new(),
+            obstacles: BTreeMap::new(),
             held: BTreeMap::new(),
         })
     }
@@ -256,6 +268,14 @@ impl Attacher {
     /// What an earlier agent had attached, by its own account.
     pub fn earlier(&self) -> &BTreeMap<String, Attached> {
         &self.earlier
+    }
+
+    /// Tells on which interfaces XDP must not run. The next [`Attacher::reconcile`] takes it off
+    /// there, and tries again where an obstacle is gone.
+    pub fn set_obstacles(&mut self, obstacles: BTreeMap<String, Obstacle>) {
+        let changed = |name: &String| self.obstacles.get(name) != obstacles.get(name);
+        self.interfaces.retain(|name, _| !changed(name));
+        self.obstacles = obstacles;
     }
 
     /// Whether replies of pods behind `link` are taken at TC: by this agent, or by the links of an
@@ -446,6 +466,19 @@ impl Attacher {
 
     fn attach_xdp(&mut self, link: &Link, mode: Mode, refusals: &mut Vec<Refusal>) -> Rung {
         let path = link_path(self.pins.dir(), XDP, &link.name);
+        if let Some(obstacle) = self.obstacles.get(&link.name) {
+            refusals.push(Refusal {
+                rung: forced(mode).unwrap_or(Rung::Native).label().to_owned(),
+                errno: 0,
+                reason: obstacle.reason.clone(),
+                remedy: obstacle.remedy.clone(),
+            });
+            self.held.remove(&path);
+            if let Err(e) = remove_links(&[path]) {
+                tracing::warn!("{e}");
+            }
+            return Rung::None;
+        }
         if let Some(rung) = self.take_over_xdp(link, mode, &path) {
             let earlier = self.earlier.get(&link.name);
             refusals.extend(
@@ -502,12 +535,7 @@ impl Attacher {
             let info = old.info().map_err(|e| causes(&e))?;
             let rung = there(info.program_id())
                 .ok_or("it belongs to an interface that is gone or was renamed")?;
-            let wanted = match mode {
-                Mode::Auto => rung,
-                Mode::Native => Rung::Native,
-                Mode::Generic => Rung::Generic,
-                Mode::Offload => Rung::Offload,
-            };
+            let wanted = forced(mode).unwrap_or(rung);
             if wanted != rung {
                 return Err(format!("it is {}, the config says {}", rung.label(), mode.label()));
             }
@@ -626,14 +654,17 @@ impl Attacher {
 /// Whether what is attached is what the config asks for now. What was refused is no reason to try
 /// each time anew.
 fn fits(wanted: Mode, there: Rung, role: Role) -> bool {
-    role != Role::Uplink
-        || there == Rung::None
-        || match wanted {
-            Mode::Auto => true,
-            Mode::Native => there == Rung::Native,
-            Mode::Generic => there == Rung::Generic,
-            Mode::Offload => there == Rung::Offload,
-        }
+    role != Role::Uplink || there == Rung::None || forced(wanted).is_none_or(|rung| there == rung)
+}
+
+/// The only way of running XDP that the config allows, if it allows only one.
+const fn forced(mode: Mode) -> Option<Rung> {
+    match mode {
+        Mode::Auto => None,
+        Mode::Native => Some(Rung::Native),
+        Mode::Generic => Some(Rung::Generic),
+        Mode::Offload => Some(Rung::Offload),
+    }
 }
 
 /// Priority and handle of our filters on kernels without TCX, so that the next start finds them.

@@ -8,9 +8,11 @@
 //!  netfilter rules ──────────────────────────────────────────────────────────┘
 //! ```
 
+mod ethtool;
 pub mod kernel;
 mod netfilter;
 mod pod_end;
+mod tags;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -29,6 +31,7 @@ use kernel::{Kernel, Link};
 
 pub use netfilter::rules as netfilter_rules;
 pub use pod_end::{PodEnd, PodEnds};
+pub use tags::{Hidden, Tags};
 
 /// A stale neighbour is checked this often: frames that we send do not refresh the kernel's entry.
 const CHECK_STALE: Duration = Duration::from_secs(20);
@@ -58,6 +61,7 @@ pub struct Facts {
 pub struct Collector {
     netlink: Netlink,
     ends: PodEnds,
+    tags: Tags,
     asked: HashMap<(u32, IpAddr), Instant>,
 }
 
@@ -67,7 +71,12 @@ impl Collector {
     /// # Errors
     /// When the kernel gives no netlink socket.
     pub fn new() -> Result<Self, NetlinkError> {
-        Ok(Self { netlink: Netlink::open()?, ends: PodEnds::default(), asked: HashMap::new() })
+        Ok(Self {
+            netlink: Netlink::open()?,
+            ends: PodEnds::default(),
+            tags: Tags::default(),
+            asked: HashMap::new(),
+        })
     }
 
     /// Reads everything except next hops.
@@ -165,6 +174,20 @@ impl Collector {
             found.insert(*destination, fact);
         }
         found
+    }
+
+    /// What hides VLAN tags from XDP at the uplinks.
+    pub fn hidden_tags(&mut self, facts: &Facts) -> Vec<Hidden> {
+        let look = |uplink| self.tags.hidden(&mut self.netlink, &facts.kernel, uplink);
+        facts.uplinks.iter().flat_map(look).collect()
+    }
+
+    /// Switches a feature that hides tags off.
+    ///
+    /// # Errors
+    /// Why it could not be switched.
+    pub fn unhide(&mut self, facts: &Facts, hidden: &Hidden) -> Result<(), String> {
+        self.tags.switch(&mut self.netlink, &facts.kernel, hidden, false)
     }
 
     fn ask(&mut self, key: (u32, IpAddr), every: Duration) {

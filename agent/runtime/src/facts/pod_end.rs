@@ -17,6 +17,7 @@ use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use nix::sched::{CloneFlags, setns};
 use sluice_abi::Mac;
 
+use super::ethtool;
 use super::kernel::{Link, link};
 use crate::netlink::Netlink;
 
@@ -117,7 +118,7 @@ impl PodEnds {
 }
 
 /// Files of the namespaces that this one numbers `wanted`.
-fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, File> {
+pub(super) fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, File> {
     let mut found = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for path in candidates() {
@@ -163,29 +164,41 @@ fn candidates() -> impl Iterator<Item = PathBuf> {
     named.chain(processes)
 }
 
-/// Goes into the namespace with a thread of its own and looks at interfaces `wanted` there.
+/// Runs `work` in the namespace, on a thread of its own.
+pub(super) fn within<T: Send>(
+    namespace: &File,
+    work: impl FnOnce(&mut Netlink) -> T + Send,
+) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("other-end".to_owned())
+            .spawn_scoped(scope, || {
+                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .map_err(|e| format!("enter the network namespace: {e}"))?;
+                Ok(work(&mut Netlink::open().map_err(|e| e.to_string())?))
+            })
+            .map_err(|e| format!("start a thread: {e}"))?;
+        thread.join().unwrap_or_else(|_| Err("the thread in the namespace failed".to_owned()))
+    })
+}
+
+/// Looks at interfaces `wanted` in the namespace.
 fn look(namespace: &File, wanted: BTreeSet<u32>) -> Result<BTreeMap<u32, PodEnd>, String> {
-    let namespace = namespace.try_clone().map_err(|e| format!("the pod's namespace: {e}"))?;
-    let thread = std::thread::Builder::new()
-        .name("pod-end".to_owned())
-        .spawn(move || {
-            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
-                .map_err(|e| format!("enter the pod's network namespace: {e}"))?;
-            let mut netlink = Netlink::open().map_err(|e| e.to_string())?;
-            let mut ends = BTreeMap::new();
-            for ifindex in wanted {
-                let mut message = LinkMessage::default();
-                message.header.index = ifindex;
-                message.attributes.push(LinkAttribute::ExtMask(Vec::new()));
-                let answer = netlink.get("link", RouteNetlinkMessage::GetLink(message));
-                if let Ok(Some(RouteNetlinkMessage::NewLink(message))) = answer {
-                    ends.insert(ifindex, judge(&link(message)));
-                }
-            }
-            Ok(ends)
-        })
-        .map_err(|e| format!("start a thread: {e}"))?;
-    thread.join().unwrap_or_else(|_| Err("the thread in the pod's namespace failed".to_owned()))
+    within(namespace, |netlink| {
+        let seen = |ifindex| Some((ifindex, judge(&interface(netlink, ifindex)?)));
+        wanted.into_iter().filter_map(seen).collect()
+    })
+}
+
+/// The interface with an index.
+pub(super) fn interface(netlink: &mut Netlink, ifindex: u32) -> Option<Link> {
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    message.attributes.push(LinkAttribute::ExtMask(Vec::new()));
+    match netlink.get("link", RouteNetlinkMessage::GetLink(message)) {
+        Ok(Some(RouteNetlinkMessage::NewLink(message))) => Some(link(message)),
+        _ => None,
+    }
 }
 
 fn judge(end: &Link) -> PodEnd {
@@ -193,7 +206,7 @@ fn judge(end: &Link) -> PodEnd {
     if end.xdp.iter().any(|(_, mode)| *mode == "native") {
         return PodEnd::Receives { mac, mtu };
     }
-    match gro(&end.name) {
+    match ethtool::gro(&end.name) {
         Ok(true) => PodEnd::Receives { mac, mtu },
         Ok(false) => PodEnd::Deaf {
             mac,
@@ -206,36 +219,4 @@ fn judge(end: &Link) -> PodEnd {
         },
         Err(e) => PodEnd::Unknown(format!("GRO of the pod's end {}: {e}", end.name)),
     }
-}
-
-/// Whether GRO is on (ETHTOOL_GGRO, include/uapi/linux/ethtool.h), in this thread's namespace.
-fn gro(name: &str) -> nix::Result<bool> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-
-    #[repr(C)]
-    struct Value {
-        cmd: u32,
-        data: u32,
-    }
-    const ETHTOOL_GGRO: u32 = 0x2b;
-    const SIOCETHTOOL: u16 = 0x8946;
-    nix::ioctl_readwrite_bad!(ethtool, SIOCETHTOOL, libc::ifreq);
-
-    let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    let mut value = Value { cmd: ETHTOOL_GGRO, data: 0 };
-    let bytes = name.as_bytes();
-    if bytes.len() >= libc::IFNAMSIZ {
-        return Err(nix::Error::ENAMETOOLONG);
-    }
-    let mut request = libc::ifreq {
-        ifr_name: [0; libc::IFNAMSIZ],
-        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: (&raw mut value).cast() },
-    };
-    for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
-        *to = *from as libc::c_char;
-    }
-    // SAFETY: the request holds a terminated name and points to a `struct ethtool_value` that lives
-    // until the call returns; the kernel writes nothing beyond it.
-    unsafe { ethtool(fd.as_raw_fd(), &raw mut request) }?;
-    Ok(value.data != 0)
 }
