@@ -69,9 +69,9 @@ fn plan<'e, P: Form, E: Env>(
             return Err(Reason::IpOptions.into());
         }
         let payload = link.l3.skip(ip.l3.header_len());
-        let (index, vtep) = source(env, settings, &ip, payload)?;
+        let (index, vtep, room) = source(env, settings, &ip, payload)?;
         let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
-        packet = inside::<P, E>(env, &link, &ip, inner, vtep)?;
+        packet = inside::<P, E>(env, &link, &ip, inner, vtep, room)?;
         if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
             return deliver(env, settings, &packet, pod, index);
         }
@@ -92,7 +92,8 @@ fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
     port == ports.element(0).get() || port == ports.element(1).get()
 }
 
-/// The tunnel end that sent a VXLAN packet to us.
+/// The tunnel end that sent a VXLAN packet to us, and the bytes that its datagram has for the inner
+/// frame: what follows a datagram is not of the packet (RFC 768), though it be in the frame.
 ///
 /// # Errors
 /// `VxlanFlags`, `ForeignTunnel`, `UnknownVtepPassed` (pass); `VxlanMalformed`, `UnknownVtep`
@@ -103,8 +104,14 @@ fn source<'a, E: Env>(
     settings: At<'a, Settings>,
     ip: &Ip<'_>,
     payload: View<'_>,
-) -> Step<(u32, At<'a, Vtep>)> {
+) -> Step<(u32, At<'a, Vtep>, u32)> {
+    let udp = payload.at::<Udp>().ok_or(Reason::VxlanMalformed)?;
+    let len = field!(udp, Udp, len).get().host() as u32;
     let header = payload.skip(size_of::<Udp>()).at::<Vxlan>().ok_or(Reason::VxlanMalformed)?;
+    const HEADERS: u32 = (size_of::<Udp>() + size_of::<Vxlan>()) as u32;
+    if len < HEADERS {
+        return Err(Reason::VxlanMalformed.into());
+    }
     let header = header.get();
     if header.flags.host() & FLAG_VNI == 0 {
         return Err(Reason::VxlanFlags.into());
@@ -118,7 +125,7 @@ fn source<'a, E: Env>(
     if field!(vtep, Vtep, local).get() != ip.l3.dst() {
         return Err(Reason::ForeignTunnel.into());
     }
-    Ok((index, vtep))
+    Ok((index, vtep, len.wrapping_sub(HEADERS)))
 }
 
 /// A VXLAN packet from nobody we know: is it for one of our tunnels at all?
@@ -136,11 +143,11 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
     Reason::ForeignTunnel
 }
 
-/// The packet inside, if it is the tunnel end's to send.
+/// The packet inside, if it is the tunnel end's to send. Its frame has `room` bytes.
 ///
 /// # Errors
-/// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `InnerSource`
-/// (drop).
+/// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `IpMalformed`,
+/// `InnerSource` (drop).
 #[inline(always)]
 fn inside<'f, P: Form, E: Env>(
     env: &E,
@@ -148,13 +155,21 @@ fn inside<'f, P: Form, E: Env>(
     outer: &Ip<'f>,
     view: View<'f>,
     vtep: At<'_, Vtep>,
+    room: u32,
 ) -> Step<Located<'f>> {
+    const HEADER: u32 = size_of::<Ethernet>() as u32;
     let inner = view.at::<Ethernet>().ok_or(Reason::VxlanMalformed)?;
+    if room < HEADER {
+        return Err(Reason::VxlanMalformed.into());
+    }
     if parse::is_tag(field!(inner, Ethernet, ethertype).get()) {
         // The peer's vxlan device sends none: another network's frames.
         return Err(Reason::Vlan.into());
     }
     let (link, ip) = parse::ethernet::<P, E>(env, view)?;
+    if ip.len.wrapping_add(HEADER) > room {
+        return Err(Reason::IpMalformed.into());
+    }
     let dst = field!(link.first, Ethernet, dst).get();
     if dst.is_group() {
         return Err(Reason::Group.into());
