@@ -73,7 +73,7 @@ fn plan<'e, P: Form, E: Env>(
         let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
         packet = inside::<P, E>(env, &link, &ip, inner, vtep, room)?;
         if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
-            return deliver(env, settings, &packet, pod, index);
+            return deliver::<P, E>(env, settings, &packet, pod, index);
         }
         transport = parse::transport(packet.l3, &packet.ip)?;
         tunnel = index;
@@ -199,7 +199,7 @@ fn is_from(vtep: At<'_, Vtep>, ip: &Ip<'_>) -> bool {
 
 /// Decapsulates for a pod of this node.
 #[inline(always)]
-fn deliver<'e, E: Env>(
+fn deliver<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     packet: &Located<'_>,
@@ -207,8 +207,12 @@ fn deliver<'e, E: Env>(
     vtep: u32,
 ) -> Step<Departure<'e>> {
     // What TC translates back at the pod's interface must pass there; redirected frames do not.
-    let redirect = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16
-        && !is_tc_reply(env, settings, packet);
+    let frames = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16;
+    if frames && !P::GENERAL && packet.ip.opaque == Some(Reason::IpOptions) {
+        // Whether it is such a reply is told by ports that this form does not reach.
+        return Err(Reason::IpOptions.into());
+    }
+    let redirect = frames && !is_tc_reply(env, settings, packet);
     let door = replay::open_pod(env, pod, redirect, packet, vtep);
     if let Some(reason) = door.closed {
         return Err(reason.into());
