@@ -31,6 +31,13 @@ impl<T: Copy> Table<T> {
         Self(cells.chain(rest).collect())
     }
 
+    /// Writes the first entries, and `empty` into the others.
+    fn fill(&self, values: &[T], empty: T) {
+        assert!(values.len() <= self.0.len(), "more values than entries");
+        let values = values.iter().copied().chain(std::iter::repeat(empty));
+        self.0.iter().zip(values).for_each(|(cell, value)| cell.set(value));
+    }
+
     fn at(&self, index: u32) -> Option<At<'_, T>> {
         // SAFETY: a cell of the slice, which `self` keeps; one thread, and no reference to the
         // content exists anywhere.
@@ -149,16 +156,22 @@ impl Host {
 
     /// Replaces the tables that the agent writes; connections and counts stay.
     pub fn rewrite(&mut self, world: &World) {
-        let fresh = Self::new(world);
-        self.settings = fresh.settings;
-        self.frontends = fresh.frontends;
-        self.maglev = fresh.maglev;
-        self.backends = fresh.backends;
-        self.pods = fresh.pods;
-        self.vteps = fresh.vteps;
-        self.vtep_sources = fresh.vtep_sources;
-        self.tunnels = fresh.tunnels;
-        self.next_hops = fresh.next_hops;
+        self.settings.fill(&[world.settings], Settings::default());
+        self.frontends = Hash::new(&world.frontends);
+        self.maglev.fill(&world.maglev, 0);
+        self.backends.fill(&world.backends, Backend::default());
+        self.pods = Hash::new(&world.pods);
+        self.vteps.fill(&world.vteps, Vtep::default());
+        self.vtep_sources = Hash::new(&world.vtep_sources);
+        self.tunnels.fill(&world.tunnels, Tunnel::default());
+        self.next_hops.fill(&world.next_hops, NextHop::default());
+    }
+
+    /// Forgets every connection and every count.
+    pub fn clear(&self) {
+        self.flows.0.iter().for_each(|set| set.set(FlowSet::default()));
+        size::snat_indexes().for_each(|index| self.set_snat(index, SnatSlot::FREE));
+        self.clear_counters();
     }
 
     /// Sets of the flow table.
@@ -176,10 +189,10 @@ impl Host {
         self.snat.0[index as usize].set(slot);
     }
 
-    /// Every SNAT slot that is not free.
+    /// Every SNAT slot of the standard world's range that is not free.
     pub fn snat_slots(&self) -> Vec<(u32, SnatSlot)> {
-        let slots = self.snat.values().into_iter().enumerate();
-        slots.filter(|(_, s)| *s != SnatSlot::FREE).map(|(i, s)| (i as u32, s)).collect()
+        let slots = size::snat_indexes().map(|i| (i, self.snat.0[i as usize].get()));
+        slots.filter(|(_, slot)| *slot != SnatSlot::FREE).collect()
     }
 
     /// The count of a reason at a hook.

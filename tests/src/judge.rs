@@ -409,7 +409,7 @@ pub fn agree(
 }
 
 /// Whether BPF_PROG_TEST_RUN takes a frame (net/bpf/test_run.c).
-fn is_taken(hook: Hook, frame: &[u8]) -> bool {
+pub fn is_taken(hook: Hook, frame: &[u8]) -> bool {
     // An Ethernet header at least; at most a page without head room and `struct skb_shared_info`.
     const LENGTHS: std::ops::RangeInclusive<usize> = 14..=3400;
     // At TC the IP header that the EtherType promises must be there.

@@ -162,7 +162,7 @@ impl Kernel {
         for set in 0..self.flow_sets {
             self.set_flow_set(set, FlowSet::default());
         }
-        for index in snat_indexes() {
+        for index in size::snat_indexes() {
             if self.snat(index) != SnatSlot::FREE {
                 self.set_snat(index, SnatSlot::FREE);
             }
@@ -322,7 +322,7 @@ impl Kernel {
 
     /// Every owned SNAT slot of the standard world's range.
     pub fn snat_slots(&self) -> Vec<(u32, SnatSlot)> {
-        let slots = snat_indexes().map(|i| (i, self.snat(i)));
+        let slots = size::snat_indexes().map(|i| (i, self.snat(i)));
         slots.filter(|(_, slot)| *slot != SnatSlot::FREE).collect()
     }
 
@@ -438,11 +438,6 @@ impl Kernel {
     pub fn map_mut(&mut self, name: &str) -> &mut Map {
         self.ebpf.map_mut(name).unwrap_or_else(|| panic!("no map {name}"))
     }
-}
-
-/// The indexes of the SNAT table that the standard world's port range uses.
-pub fn snat_indexes() -> std::ops::Range<u32> {
-    size::SNAT_FIRST as u32 * maps::SNAT_SLOTS_PER_PORT..size::SNAT_SLOTS
 }
 
 /// Bytes of `struct xdp_md` (include/uapi/linux/bpf.h).

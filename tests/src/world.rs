@@ -433,6 +433,10 @@ pub mod size {
     pub const SNAT_LAST: u16 = 2_079;
     /// Entries of the SNAT table: up to the last port.
     pub const SNAT_SLOTS: u32 = (SNAT_LAST as u32 + 1) * SNAT_SLOTS_PER_PORT;
+    /// The indexes of the SNAT table that the standard world's port range uses.
+    pub fn snat_indexes() -> std::ops::Range<u32> {
+        SNAT_FIRST as u32 * SNAT_SLOTS_PER_PORT..SNAT_SLOTS
+    }
 }
 
 /// Ticks of each timeout in the standard world. Long: a test that is slow must not see a record
