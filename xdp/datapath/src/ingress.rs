@@ -78,6 +78,10 @@ fn plan<'e, P: Form, E: Env>(
         transport = parse::transport(packet.l3, &packet.ip)?;
         tunnel = index;
     }
+    if P::GENERAL {
+        (packet, transport) = replay::again(env, view, &packet, &transport)?;
+        tunnel = env.forget(tunnel);
+    }
     // A tunnel's tags belong to the way to its other end.
     let (ifindex, tags) = if tunnel == 0 { (ifindex, link.tags) } else { (0, 0) };
     let eth = link.first;

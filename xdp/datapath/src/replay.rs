@@ -45,6 +45,52 @@ impl Located<'_> {
     }
 }
 
+/// The same packet, found again at places of which the verifier knows nothing but that they are inside
+/// the frame: whether it came out of a tunnel, over which family and with what in front is then one
+/// way through the rest of the program, and not ten.
+///
+/// # Errors
+/// `TableBroken` (pass), never.
+#[inline(always)]
+pub fn again<'f, E: Env>(
+    env: &E,
+    frame: View<'f>,
+    packet: &Located<'f>,
+    transport: &Transport<'f>,
+) -> Step<(Located<'f>, Transport<'f>)> {
+    let ip = &packet.ip;
+    let hide = |value: u32| env.forget(value);
+    let to_checksum = checksum_offset(ip.proto) as u32;
+    let base = frame.skip(hide(packet.cut + packet.tags) as usize & 0x7f);
+    let l3_view = base.skip(size_of::<Ethernet>());
+    let l4 = l3_view.skip(hide(ip.header_len) as usize & 0x1ff);
+    let checksum = l4.skip(hide(to_checksum) as usize & 0x1f);
+    let v4 = hide(ip.l3.is_v4() as u32) != 0;
+    let (Some(outer), Some(eth)) = (frame.at::<Ethernet>(), base.at::<Ethernet>()) else {
+        return Err(Reason::TableBroken.into());
+    };
+    let (Some(ports), Some(checksum)) = (l4.at::<Ports>(), checksum.at::<Be16>()) else {
+        return Err(Reason::TableBroken.into());
+    };
+    let l3 = if v4 {
+        L3::V4(l3_view.at::<Ipv4>().ok_or(Reason::TableBroken)?)
+    } else {
+        L3::V6(l3_view.at::<Ipv6>().ok_or(Reason::TableBroken)?)
+    };
+    let ip = Ip {
+        l3,
+        proto: hide(ip.proto as u32) as u8,
+        hop_limit: hide(ip.hop_limit as u32) as u8,
+        len: hide(ip.len) & 0x1_ffff,
+        header_len: hide(ip.header_len) & 0x1ff,
+        opaque: None,
+    };
+    let (cut, tags) = (hide(packet.cut) & 0x7f, hide(packet.tags) & 0xf);
+    let transport =
+        Transport { ports, checksum, flags: hide(transport.flags as u32) as u8, ..*transport };
+    Ok((Located { outer, eth, ip, l3: l3_view, cut, tags }, transport))
+}
+
 /// New addresses and ports of one direction: places in the flow's record, and the differences.
 #[derive(Clone, Copy)]
 pub struct Rewrite<'e> {
