@@ -76,6 +76,8 @@ pub enum HeadRoom {
     Plenty,
     /// Less than outer headers need.
     Little,
+    /// As much as XDP gives, but none for metadata.
+    NoMetadata,
 }
 
 /// Where a fixture runs.

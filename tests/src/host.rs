@@ -89,6 +89,8 @@ pub struct Host {
     pub end_flows_at_clock_read: Cell<Option<u32>>,
     /// A set of the flow table that another CPU writes before the next lock is ours.
     pub put_at_lock: Cell<Option<(u32, FlowSet)>>,
+    /// Whether the driver has room for a mark in front of frames.
+    pub takes_metadata: Cell<bool>,
 }
 
 /// What became of one frame.
@@ -131,13 +133,14 @@ impl Host {
             clock_reads: Cell::new(0),
             end_flows_at_clock_read: Cell::new(None),
             put_at_lock: Cell::new(None),
+            takes_metadata: Cell::new(true),
         }
     }
 
     /// Runs the program of `hook` on one frame with `head_room` bytes in front of it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8], head_room: usize) -> HostRan {
         self.clock_reads.set(0);
-        let mut frame = HostFrame::new(packet, head_room, ifindex);
+        let mut frame = HostFrame::new(packet, head_room, ifindex, self.takes_metadata.get());
         let mut verdict = match hook {
             Hook::Xdp => ingress::xdp::<Plain, _, _>(self, &mut frame),
             Hook::TcIngress => tc::ingress::<Plain, _, _>(self, &mut frame),
@@ -319,15 +322,16 @@ struct HostFrame {
     start: usize,
     ifindex: u32,
     mark: Option<u32>,
+    takes_metadata: bool,
     /// The lane that goes on: what a tail call is in the kernel.
     lane: Option<Lane>,
 }
 
 impl HostFrame {
-    fn new(packet: &[u8], head_room: usize, ifindex: u32) -> Self {
+    fn new(packet: &[u8], head_room: usize, ifindex: u32, takes_metadata: bool) -> Self {
         let room = std::iter::repeat_n(0xaa, head_room);
         let buffer = room.chain(packet.iter().copied()).map(Cell::new).collect();
-        Self { buffer, start: head_room, ifindex, mark: None, lane: None }
+        Self { buffer, start: head_room, ifindex, mark: None, takes_metadata, lane: None }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -354,7 +358,7 @@ unsafe impl Frame for HostFrame {
         true
     }
     fn hand_over_mark(&mut self, ifindex: u32) -> bool {
-        if self.start < MARK {
+        if !self.takes_metadata || self.start < MARK {
             return false;
         }
         self.mark = Some(ifindex);

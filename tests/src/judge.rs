@@ -16,6 +16,8 @@ use crate::world::{World, size};
 const HEAD_ROOM: usize = 256 - 40;
 /// Room for a mark, but not for outer headers.
 const LITTLE_ROOM: usize = 12;
+/// Foreign metadata that leaves no room for more of it.
+const MOST_METADATA: usize = HEAD_ROOM - 4;
 
 /// What became of a frame, wherever it was.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -114,10 +116,8 @@ pub fn code_of(hook: Hook, action: Action) -> u32 {
 
 impl Runner for Host {
     fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
-        let room = match head_room {
-            HeadRoom::Plenty => HEAD_ROOM,
-            HeadRoom::Little => LITTLE_ROOM,
-        };
+        let room = if head_room == HeadRoom::Little { LITTLE_ROOM } else { HEAD_ROOM };
+        self.takes_metadata.set(head_room != HeadRoom::NoMetadata);
         let ran = self.run(step.hook, step.ifindex, frame, room);
         let code = code_of(step.hook, ran.verdict.action);
         Outcome { code, bytes: ran.bytes, mark: ran.mark }
@@ -161,6 +161,7 @@ impl Runner for Kernel {
         let ran = match head_room {
             HeadRoom::Plenty => self.run(step.hook, step.ifindex, frame),
             HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM),
+            HeadRoom::NoMetadata => self.run_xdp(step.ifindex, frame, MOST_METADATA),
         };
         Outcome { code: ran.code, mark: ran.mark(), bytes: ran.bytes }
     }

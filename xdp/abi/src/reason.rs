@@ -113,6 +113,7 @@ reasons! {
     41 Pass TooManyTags "too_many_tags" "more than two VLAN tags";
     42 Pass ExtensionChain "extension_chain" "more extension headers than are followed, or one that cannot be";
     43 Drop NoLane "no_lane" "needs the general program, and there is none behind the fast one: a bug, please report";
+    44 Pass NoMetadata "no_metadata" "the driver takes no metadata: left to the kernel, which decapsulates";
 }
 
 impl Reason {

@@ -390,8 +390,11 @@ pub fn address(door: &Door<'_>, packet: &Located<'_>, summed: bool, port: Be16) 
 
 /// Sends a packet on its way: the head's one move, and the outer headers.
 ///
+/// The mark for TC comes first, because some drivers take none: what was not changed is then left to
+/// the kernel as it came.
+///
 /// # Errors
-/// `HeadRoom` (drop).
+/// `NoMetadata` (pass); `HeadRoom` (drop).
 #[inline(always)]
 pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict> {
     let stop = Stop { reason: Reason::HeadRoom, service: departure.owner.service };
@@ -401,6 +404,10 @@ pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Ste
     if P::GENERAL && door.is_tunnel_v6() {
         let len = size_of::<Ethernet>() as u32 + inside.ip_len;
         inside.sum = frame.sum(departure.cut, len);
+    }
+    if !door.takes_hop() && door.ifindex != 0 && !frame.hand_over_mark(door.ifindex) {
+        let untouched = departure.reason == Reason::DecapLocal;
+        return Err(if untouched { Reason::NoMetadata.into() } else { stop });
     }
     let outer = match departure.tags {
         Some(tags) => tags_len(tags) as i32,
@@ -419,13 +426,7 @@ pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Ste
     {
         return Err(stop);
     }
-    let action = if door.takes_hop() {
-        out_of(frame, door.ifindex)
-    } else if door.ifindex != 0 && !frame.hand_over_mark(door.ifindex) {
-        return Err(stop);
-    } else {
-        Action::Pass
-    };
+    let action = if door.takes_hop() { out_of(frame, door.ifindex) } else { Action::Pass };
     Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
 }
 
