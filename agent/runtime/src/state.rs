@@ -24,7 +24,7 @@ use crate::attach::{Attacher, Obstacle, Role, Rung};
 use crate::config::Config;
 use crate::describe::causes;
 use crate::facts::kernel::Link;
-use crate::facts::{Collector, Facts};
+use crate::facts::{Collector, Facts, own_macs};
 use crate::maps::{FlowTable, MapsError};
 use crate::netlink::NetlinkError;
 use crate::run_dir::{RunDir, RunDirError, SkippedObject, Status, TableSizes};
@@ -452,11 +452,14 @@ impl State {
         let mut wanted = self.settings;
         settings::fill(&mut wanted, &self.config, &facts.context, self.hz);
         settings::fill_addresses(&mut wanted, own(true), own(false));
+        let macs = own_macs(&facts.kernel, &facts.uplinks);
+        settings::fill_own_macs(&mut wanted, &macs);
         if wanted != self.settings {
             let (config, hz) = (&self.config, self.hz);
             self.settings = settings::update(self.attacher.pins(), &self.run_dir, |s| {
                 settings::fill(s, config, &facts.context, hz);
                 settings::fill_addresses(s, own(true), own(false));
+                settings::fill_own_macs(s, &macs);
             })?;
         }
         Ok(())

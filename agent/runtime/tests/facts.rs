@@ -12,8 +12,9 @@ use std::process::{Child, Command};
 use node::{in_namespace, sh};
 use sluice::config::Config;
 use sluice::facts::kernel::{Kernel, Link};
-use sluice::facts::{Collector, Hidden, PodEnd, PodEnds, Tags, netfilter_rules};
+use sluice::facts::{Collector, Hidden, PodEnd, PodEnds, Tags, netfilter_rules, own_macs};
 use sluice::netlink::Netlink;
+use sluice_abi::Mac;
 use sluice_control::Snapshot;
 use sluice_control::model::NextHopFacts;
 
@@ -266,4 +267,34 @@ fn tags_are_hidden_by_a_nic_that_takes_them_out() {
         with_port.links.get_mut(&nic.ifindex).unwrap().controller = Some(99);
         assert_eq!(hidden(&with_port, &bond), ["ethtool -K up0 rx-vlan-stag-hw-parse off"]);
     });
+}
+
+#[test]
+fn devices_that_stand_on_an_uplink_receive_its_frames() {
+    let mac = |n: u8| Mac([2, 0, 0, 0, 0, n]);
+    let link = |ifindex: u32, below, controller| Link {
+        ifindex,
+        mac: mac(ifindex as u8),
+        below,
+        controller,
+        ..Link::default()
+    };
+    let mut kernel = Kernel::default();
+    for link in [
+        // A port of bridge 2, on which a macvlan stands; a VLAN on the port, and one on that.
+        link(1, None, Some(2)),
+        link(2, None, None),
+        link(3, Some(2), None),
+        link(4, Some(1), None),
+        link(5, Some(4), None),
+        // Another uplink, and what has no link-layer address.
+        link(6, None, None),
+        Link { mac: Mac::default(), ..link(7, None, None) },
+    ] {
+        kernel.links.insert(link.ifindex, link);
+    }
+    let uplinks: Vec<Link> = [1, 6, 7].map(|i: u32| kernel.links[&i].clone()).into();
+    let of_port = (1..=5).map(|n| (1, mac(n)));
+    let expected: Vec<(u32, Mac)> = of_port.chain([(6, mac(6)), (7, Mac::default())]).collect();
+    assert_eq!(own_macs(&kernel, &uplinks), expected);
 }

@@ -114,6 +114,7 @@ reasons! {
     42 Pass ExtensionChain "extension_chain" "more extension headers than are followed, or one that cannot be";
     43 Drop NoLane "no_lane" "needs the general program, and there is none behind the fast one: a bug, please report";
     44 Pass NoMetadata "no_metadata" "the driver takes no metadata: left to the kernel, which decapsulates";
+    45 Pass OtherHost "other_host" "would begin a connection, but the frame is for another machine";
 }
 
 impl Reason {

@@ -83,10 +83,18 @@ fn plan<'e, P: Form, E: Env>(
         tunnel = env.forget(tunnel);
     }
     // A tunnel's tags belong to the way to its other end.
+    let uplink = ifindex;
     let (ifindex, tags) = if tunnel == 0 { (ifindex, link.tags) } else { (0, 0) };
-    let eth = link.first;
-    let origin =
-        Origin { tunnel, in_cluster: tunnel != 0, snat: true, ifindex, eth, frame: view, tags };
+    let origin = Origin {
+        tunnel,
+        in_cluster: tunnel != 0,
+        snat: true,
+        ifindex,
+        uplink,
+        eth: link.first,
+        frame: view,
+        tags,
+    };
     serve::<P, E>(env, settings, &packet, &transport, &origin)
 }
 

@@ -57,6 +57,8 @@ pub struct Link {
     pub peer: Option<u32>,
     /// Namespace of the other end, as this namespace numbers it.
     pub peer_netns: Option<i32>,
+    /// Device of this namespace on which it stands: a VLAN's or a macvlan's.
+    pub below: Option<u32>,
     /// Bridge or bond that it belongs to.
     pub controller: Option<u32>,
     /// XDP programs: id and mode word.
@@ -278,6 +280,11 @@ pub(crate) fn link(message: LinkMessage) -> Link {
     if link.kind == "veth" || link.kind == "netkit" {
         link.peer = lower;
     }
+    if matches!(link.kind.as_str(), "vlan" | "macvlan" | "macvtap" | "ipvlan")
+        && link.peer_netns.is_none()
+    {
+        link.below = lower;
+    }
     link
 }
 
@@ -425,4 +432,29 @@ fn entry(message: &NeighbourMessage, stale: bool) -> Option<Neighbour> {
         mac: lladdr.filter(|m| !m.is_zero() && !m.is_group())?,
         stale,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vlans_and_macvlans_of_this_namespace_stand_on_their_device() {
+        let of = |kind: InfoKind, elsewhere: bool| {
+            let mut message = LinkMessage::default();
+            message.attributes.push(LinkAttribute::Link(7));
+            message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]));
+            if elsewhere {
+                message.attributes.push(LinkAttribute::LinkNetNsId(1));
+            }
+            let link = link(message);
+            (link.below, link.peer)
+        };
+        for kind in [InfoKind::Vlan, InfoKind::MacVlan, InfoKind::MacVtap, InfoKind::IpVlan] {
+            assert_eq!(of(kind.clone(), false), (Some(7), None), "{kind}");
+            assert_eq!(of(kind, true), (None, None));
+        }
+        assert_eq!(of(InfoKind::Vxlan, false), (None, None));
+        assert_eq!(of(InfoKind::Veth, false), (None, Some(7)));
+    }
 }

@@ -268,6 +268,36 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
     facts
 }
 
+/// Destination MACs of frames for this node, by uplink: the uplink's own, and those of the devices of
+/// this namespace that stand on it (bridge, bond, VLAN, macvlan). A pod's macvlan is in another one
+/// and not this node's.
+pub fn own_macs(kernel: &Kernel, uplinks: &[Link]) -> Vec<(u32, Mac)> {
+    let mut macs = Vec::new();
+    for uplink in uplinks {
+        let mut devices = BTreeSet::from([uplink.ifindex]);
+        loop {
+            let above = |l: &Link| l.below.is_some_and(|b| devices.contains(&b));
+            let mut more: BTreeSet<u32> =
+                kernel.links.values().filter(|l| above(l)).map(|l| l.ifindex).collect();
+            more.extend(
+                devices.iter().filter_map(|d| kernel.links.get(d)).filter_map(|l| l.controller),
+            );
+            let known = devices.len();
+            devices.extend(more);
+            if devices.len() == known {
+                break;
+            }
+        }
+        let of_uplink: BTreeSet<Mac> =
+            devices.iter().filter_map(|d| kernel.links.get(d)).map(|l| l.mac).collect();
+        // A device without a link-layer address has none in its frames either.
+        let any = of_uplink.contains(&Mac::default());
+        let of_uplink = if any { BTreeSet::from([Mac::default()]) } else { of_uplink };
+        macs.extend(of_uplink.into_iter().map(|mac| (uplink.ifindex, mac)));
+    }
+    macs
+}
+
 fn any(patterns: &[Pattern], name: &str) -> bool {
     patterns.iter().any(|p| p.matches(name))
 }
