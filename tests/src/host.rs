@@ -15,6 +15,7 @@ use sluice_datapath::csum::{Sum, update, update_udp};
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
 use sluice_datapath::parse::{General, Plain};
+use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{ingress, tc};
 
@@ -273,6 +274,9 @@ impl Env for Host {
     }
     fn decide(&self) -> Answer {
         decide::answer(self.unlocked())
+    }
+    fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment) {
+        tcp::follow(self.unlocked(), slot, tag, segment);
     }
     fn flow_lock(&self, set: u32) -> Option<Self::Lock> {
         self.unlocked();

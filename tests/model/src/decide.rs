@@ -1,8 +1,8 @@
 //! The first packet of a connection: which backend, which way, which source.
 
 use sluice_abi::{
-    Addr, Backend, Delivery, Extent, Family, Frontend, FrontendKey, IPPROTO_TCP, Reason, Route,
-    frontend_flags,
+    Addr, Backend, Delivery, Extent, Family, Frontend, FrontendKey, IPPROTO_TCP, Mac, Reason,
+    Route, frontend_flags,
 };
 
 use crate::packet::{Tag, Transport, tcp};
@@ -22,6 +22,8 @@ pub struct Origin {
     /// A pod of this node, at its own interface. Its address is routed here from everywhere, so
     /// its source is kept; anybody else's backends on other nodes must answer to us.
     pub own_pod: bool,
+    /// Destination of the outermost frame, at an uplink.
+    pub for_mac: Option<Mac>,
 }
 
 impl Origin {
@@ -54,6 +56,9 @@ pub fn decide(
     };
     if case.tables.is_fail_safe(&key) {
         return stop(Reason::FailSafe, 0);
+    }
+    if origin.for_mac.is_some_and(|mac| !case.tables.is_own_mac(case.ifindex, mac)) {
+        return stop(Reason::OtherHost, 0);
     }
     let service = frontend.service;
     match admit(case, frontend, request, first.flags, origin) {

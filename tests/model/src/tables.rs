@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use sluice_abi::{
-    Addr, Backend, Be32, Extent, Frontend, FrontendKey, NextHop, Pod, Route, Settings, Tunnel,
+    Addr, Backend, Be32, Extent, Frontend, FrontendKey, Mac, NextHop, Pod, Route, Settings, Tunnel,
     Vtep, VtepKey, settings_flags,
 };
 
@@ -68,6 +68,13 @@ impl Tables {
     /// Whether one of our tunnels has this VNI and this address of ours.
     pub fn is_our_tunnel(&self, vni: Be32, local: Addr) -> bool {
         self.tunnels.values().any(|t| t.vni == vni && t.local == local)
+    }
+
+    /// Whether an uplink's frame with this destination is this node's. Of an uplink of which nothing
+    /// is said every frame is.
+    pub fn is_own_mac(&self, uplink: u32, mac: Mac) -> bool {
+        let mut own = self.settings.own_macs.iter().filter(|own| own.ifindex == uplink).peekable();
+        own.peek().is_none() || own.any(|own| own.mac == mac || own.mac == Mac::default())
     }
 
     /// Whether a port is one on which this node itself must stay reachable.

@@ -106,7 +106,7 @@ fn past_the_stack(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Op
 fn request(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Vec<Lawful> {
     let tuple = Tuple::of(packet, transport);
     let tags = Vec::new();
-    let origin = Origin { tunnel: 0, reply: Exit::Stack, tags, own_pod: true };
+    let origin = Origin { tunnel: 0, reply: Exit::Stack, tags, own_pod: true, for_mac: None };
     let mut state = case.state.clone();
     if let Some(connection) = state.connections.get_mut(&tuple) {
         // One that was begun on the wire in the pod's name, before the pod was known, is not its.

@@ -9,7 +9,7 @@ use crate::packet::{Transport, tcp};
 use crate::road::Direction;
 
 /// How much of what is acknowledged may go unnoticed.
-const UNNOTICED: u32 = 16 << 10;
+const UNNOTICED: u32 = 32 << 10;
 /// A window that every receiver opens, and what may have gone unnoticed.
 const WINDOW: u32 = (64 << 10) + UNNOTICED;
 /// More than any receiver's window: for a segment whose acknowledgement is right too.

@@ -196,7 +196,8 @@ fn origin(case: &Case<'_>, arrival: &Arrival) -> Origin {
     };
     // A tunnel's tags belong to the way to its other end.
     let tags = if arrival.tunnel == 0 { arrival.outer.tags.clone() } else { Vec::new() };
-    Origin { tunnel: arrival.tunnel, reply, tags, own_pod: false }
+    let for_mac = Some(arrival.outer.dst);
+    Origin { tunnel: arrival.tunnel, reply, tags, own_pod: false, for_mac }
 }
 
 /// A request of a connection.

@@ -19,17 +19,20 @@ pub enum Trap {
     AdjustMeta = 4,
     /// `bpf_redirect`.
     Redirect = 5,
+    /// The function that takes a segment into a connection's state.
+    Segment = 6,
 }
 
 impl Trap {
     /// All, in index order.
-    pub const ALL: [Trap; 6] = [
+    pub const ALL: [Trap; 7] = [
         Trap::Lock,
         Trap::Decide,
         Trap::HashLookup,
         Trap::AdjustHead,
         Trap::AdjustMeta,
         Trap::Redirect,
+        Trap::Segment,
     ];
 
     /// The name in the budget and in messages.
@@ -41,6 +44,7 @@ impl Trap {
             Trap::AdjustHead => "adjust_head",
             Trap::AdjustMeta => "adjust_meta",
             Trap::Redirect => "redirect",
+            Trap::Segment => "segment",
         }
     }
 }

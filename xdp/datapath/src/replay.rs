@@ -502,17 +502,15 @@ pub fn touch<E: Env>(
     let proto = field!(r, FlowRecord, proto).get();
     let state = field!(r, FlowRecord, state);
     let old = state.get();
-    let new = if proto == IPPROTO_TCP {
-        tcp::after(r, scratch, old, flags, reply)
-    } else if reply {
-        old | flow_state::REPLIED | flow_state::CONFIRMED
-    } else {
-        old
-    };
-    if new != old {
-        // Through memory, where the verifier does not follow: else each state would be one to it.
-        state.set_now(new);
-        let limit = flow::timeout(timeouts, proto, state.get_now());
-        field!(r, FlowRecord, timeout).set(limit);
+    if proto == IPPROTO_TCP {
+        if !tcp::is_quiet(r, scratch, old, flags, reply) {
+            env.follow(found.slot, found.tag, tcp::Segment::new(flags, reply));
+        }
+        return;
+    }
+    let new = old | flow_state::REPLIED | flow_state::CONFIRMED;
+    if reply && new != old {
+        state.set(new);
+        field!(r, FlowRecord, timeout).set(flow::timeout(timeouts, proto, new));
     }
 }
