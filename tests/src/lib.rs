@@ -17,7 +17,6 @@ pub mod kernel;
 pub mod netns;
 pub mod packet;
 pub mod random;
-pub mod sequence;
 pub mod shared_data;
 pub mod wire;
 pub mod world;

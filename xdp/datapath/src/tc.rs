@@ -261,7 +261,6 @@ fn pod_request<'e, E: Env>(
         in_cluster: true,
         snat: false,
         ifindex: 0,
-        uplink: 0,
         eth: packet.outer,
         frame,
         tags: 0,
