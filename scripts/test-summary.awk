@@ -1,5 +1,6 @@
 # Reads what `cargo test` printed (without colours); prints a line "failure <program>: <test>" for each
-# failed test and at the end "sum <passed> <failed>".
+# failed test, "note <line>" for a line that a suite wants shown (what it covered: "model: ..."), and at
+# the end "sum <passed> <failed>".
 #
 # A program without a result line crashed, which counts as one failure. An ignored test is a skip that
 # nobody allowed, so a failure as well.
@@ -12,6 +13,7 @@ function close_program() {
   close_program(); program = $0; sub(/^ +/, "", program); sub(/^Running /, "", program)
   result = 0; next
 }
+/^model: [0-9]+ / { print "note " $0; next }
 /^failures:$/ { listing = 1; n = 0; next }
 listing && /^    [^ ]/ { name = $0; sub(/^ +/, "", name); names[n++] = name; next }
 /^test .* \.\.\. ignored/ { print "failure " program ": " $2 " is ignored, which is no allowed skip"; next }

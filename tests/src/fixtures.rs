@@ -15,7 +15,6 @@ use crate::world::{Be, Svc, World, dev, ip, mac, size};
 
 mod broken;
 mod general;
-mod large;
 mod passed;
 mod stopped;
 mod tc;
@@ -77,8 +76,8 @@ pub enum HeadRoom {
     Plenty,
     /// Less than outer headers need.
     Little,
-    /// Plenty, in front of a frame in two buffers, of which the second holds so many bytes.
-    Split(usize),
+    /// As much as XDP gives, but none for metadata.
+    NoMetadata,
 }
 
 /// Where a fixture runs.
@@ -257,7 +256,6 @@ pub fn all() -> Vec<Fixture> {
     passed::add(&mut table);
     stopped::add(&mut table);
     broken::add(&mut table);
-    large::add(&mut table);
     table
 }
 

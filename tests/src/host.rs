@@ -15,6 +15,7 @@ use sluice_datapath::csum::{Sum, update, update_udp};
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
 use sluice_datapath::parse::{General, Plain};
+use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{ingress, tc};
 
@@ -29,6 +30,13 @@ impl<T: Copy> Table<T> {
         let cells = values.iter().copied().map(Cell::new);
         let rest = (values.len()..len as usize).map(|_| Cell::new(empty));
         Self(cells.chain(rest).collect())
+    }
+
+    /// Writes the first entries, and `empty` into the others.
+    fn fill(&self, values: &[T], empty: T) {
+        assert!(values.len() <= self.0.len(), "more values than entries");
+        let values = values.iter().copied().chain(std::iter::repeat(empty));
+        self.0.iter().zip(values).for_each(|(cell, value)| cell.set(value));
     }
 
     fn at(&self, index: u32) -> Option<At<'_, T>> {
@@ -82,6 +90,8 @@ pub struct Host {
     pub end_flows_at_clock_read: Cell<Option<u32>>,
     /// A set of the flow table that another CPU writes before the next lock is ours.
     pub put_at_lock: Cell<Option<(u32, FlowSet)>>,
+    /// Whether the driver has room for a mark in front of frames.
+    pub takes_metadata: Cell<bool>,
 }
 
 /// What became of one frame.
@@ -124,32 +134,20 @@ impl Host {
             clock_reads: Cell::new(0),
             end_flows_at_clock_read: Cell::new(None),
             put_at_lock: Cell::new(None),
+            takes_metadata: Cell::new(true),
         }
     }
 
     /// Runs the program of `hook` on one frame with `head_room` bytes in front of it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8], head_room: usize) -> HostRan {
-        self.run_split(hook, ifindex, packet, head_room, packet.len())
-    }
-
-    /// The same with a frame in several buffers, of which the first has `first` bytes.
-    pub fn run_split(
-        &self,
-        hook: Hook,
-        ifindex: u32,
-        packet: &[u8],
-        head_room: usize,
-        first: usize,
-    ) -> HostRan {
         self.clock_reads.set(0);
-        let mut frame = HostFrame::new(packet, head_room, first, ifindex);
+        let mut frame = HostFrame::new(packet, head_room, ifindex, self.takes_metadata.get());
         let mut verdict = match hook {
             Hook::Xdp => ingress::xdp::<Plain, _, _>(self, &mut frame),
             Hook::TcIngress => tc::ingress::<Plain, _, _>(self, &mut frame),
             Hook::TcEgress => tc::egress::<Plain, _, _>(self, &mut frame),
         };
         while let Some(lane) = frame.lane.take() {
-            frame.asks_length = true;
             verdict = match (lane, hook) {
                 (Lane::General, Hook::Xdp) => ingress::xdp::<General, _, _>(self, &mut frame),
                 (Lane::General, Hook::TcIngress) => tc::ingress::<General, _, _>(self, &mut frame),
@@ -162,16 +160,22 @@ impl Host {
 
     /// Replaces the tables that the agent writes; connections and counts stay.
     pub fn rewrite(&mut self, world: &World) {
-        let fresh = Self::new(world);
-        self.settings = fresh.settings;
-        self.frontends = fresh.frontends;
-        self.maglev = fresh.maglev;
-        self.backends = fresh.backends;
-        self.pods = fresh.pods;
-        self.vteps = fresh.vteps;
-        self.vtep_sources = fresh.vtep_sources;
-        self.tunnels = fresh.tunnels;
-        self.next_hops = fresh.next_hops;
+        self.settings.fill(&[world.settings], Settings::default());
+        self.frontends = Hash::new(&world.frontends);
+        self.maglev.fill(&world.maglev, 0);
+        self.backends.fill(&world.backends, Backend::default());
+        self.pods = Hash::new(&world.pods);
+        self.vteps.fill(&world.vteps, Vtep::default());
+        self.vtep_sources = Hash::new(&world.vtep_sources);
+        self.tunnels.fill(&world.tunnels, Tunnel::default());
+        self.next_hops.fill(&world.next_hops, NextHop::default());
+    }
+
+    /// Forgets every connection and every count.
+    pub fn clear(&self) {
+        self.flows.0.iter().for_each(|set| set.set(FlowSet::default()));
+        size::snat_indexes().for_each(|index| self.set_snat(index, SnatSlot::FREE));
+        self.clear_counters();
     }
 
     /// Sets of the flow table.
@@ -189,10 +193,10 @@ impl Host {
         self.snat.0[index as usize].set(slot);
     }
 
-    /// Every SNAT slot that is not free.
+    /// Every SNAT slot of the standard world's range that is not free.
     pub fn snat_slots(&self) -> Vec<(u32, SnatSlot)> {
-        let slots = self.snat.values().into_iter().enumerate();
-        slots.filter(|(_, s)| *s != SnatSlot::FREE).map(|(i, s)| (i as u32, s)).collect()
+        let slots = size::snat_indexes().map(|i| (i, self.snat.0[i as usize].get()));
+        slots.filter(|(_, slot)| *slot != SnatSlot::FREE).collect()
     }
 
     /// The count of a reason at a hook.
@@ -271,6 +275,9 @@ impl Env for Host {
     fn decide(&self) -> Answer {
         decide::answer(self.unlocked())
     }
+    fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment) {
+        tcp::follow(self.unlocked(), slot, tag, segment);
+    }
     fn flow_lock(&self, set: u32) -> Option<Self::Lock> {
         self.unlocked();
         (set < maps::FLOW_LOCKS).then_some(set)
@@ -319,20 +326,16 @@ struct HostFrame {
     start: usize,
     ifindex: u32,
     mark: Option<u32>,
+    takes_metadata: bool,
     /// The lane that goes on: what a tail call is in the kernel.
     lane: Option<Lane>,
-    /// Where the first buffer ends.
-    first_end: usize,
-    /// The program asks for the length of every frame, as those behind the fast ones do.
-    asks_length: bool,
 }
 
 impl HostFrame {
-    fn new(packet: &[u8], head_room: usize, first: usize, ifindex: u32) -> Self {
+    fn new(packet: &[u8], head_room: usize, ifindex: u32, takes_metadata: bool) -> Self {
         let room = std::iter::repeat_n(0xaa, head_room);
         let buffer = room.chain(packet.iter().copied()).map(Cell::new).collect();
-        let (start, first_end) = (head_room, head_room + first);
-        Self { buffer, start, ifindex, mark: None, lane: None, first_end, asks_length: false }
+        Self { buffer, start: head_room, ifindex, mark: None, takes_metadata, lane: None }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -340,33 +343,26 @@ impl HostFrame {
     }
 }
 
-// SAFETY: `start..end` is a part of `buffer`, which is never reallocated; only `adjust_head`
+// SAFETY: `start..end` is the rest of `buffer`, which is never reallocated; only `adjust_head`
 // (`&mut self`) moves the start, and within the buffer.
 unsafe impl Frame for HostFrame {
     fn start(&self) -> *mut u8 {
         self.buffer[self.start..].as_ptr().cast::<u8>().cast_mut()
     }
     fn end(&self) -> *mut u8 {
-        self.buffer[self.first_end..].as_ptr().cast::<u8>().cast_mut()
-    }
-    fn packet_len(&self) -> usize {
-        let end = if self.asks_length { self.buffer.len() } else { self.first_end };
-        end - self.start
-    }
-    fn is_split(&self) -> bool {
-        self.first_end < self.buffer.len()
+        self.buffer[self.buffer.len()..].as_ptr().cast::<u8>().cast_mut()
     }
     fn adjust_head(&mut self, delta: i32) -> bool {
         let Some(start) = self.start.checked_add_signed(delta as isize) else { return false };
-        // As the kernel: an Ethernet header must remain in the first buffer.
-        if start + 14 > self.first_end {
+        // As the kernel: an Ethernet header must remain.
+        if start + 14 > self.buffer.len() {
             return false;
         }
         self.start = start;
         true
     }
     fn hand_over_mark(&mut self, ifindex: u32) -> bool {
-        if self.start < MARK {
+        if !self.takes_metadata || self.start < MARK {
             return false;
         }
         self.mark = Some(ifindex);

@@ -16,6 +16,8 @@ use crate::world::{World, size};
 const HEAD_ROOM: usize = 256 - 40;
 /// Room for a mark, but not for outer headers.
 const LITTLE_ROOM: usize = 12;
+/// Foreign metadata that leaves no room for more of it.
+const MOST_METADATA: usize = HEAD_ROOM - 4;
 
 /// What became of a frame, wherever it was.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -114,12 +116,9 @@ pub fn code_of(hook: Hook, action: Action) -> u32 {
 
 impl Runner for Host {
     fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
-        let (room, first) = match head_room {
-            HeadRoom::Plenty => (HEAD_ROOM, frame.len()),
-            HeadRoom::Little => (LITTLE_ROOM, frame.len()),
-            HeadRoom::Split(second) => (HEAD_ROOM, frame.len() - second),
-        };
-        let ran = self.run_split(step.hook, step.ifindex, frame, room, first);
+        let room = if head_room == HeadRoom::Little { LITTLE_ROOM } else { HEAD_ROOM };
+        self.takes_metadata.set(head_room != HeadRoom::NoMetadata);
+        let ran = self.run(step.hook, step.ifindex, frame, room);
         let code = code_of(step.hook, ran.verdict.action);
         Outcome { code, bytes: ran.bytes, mark: ran.mark }
     }
@@ -161,10 +160,8 @@ impl Runner for Kernel {
     fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
         let ran = match head_room {
             HeadRoom::Plenty => self.run(step.hook, step.ifindex, frame),
-            HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM, None),
-            HeadRoom::Split(second) => {
-                self.run_xdp(step.ifindex, frame, 0, Some(frame.len() - second))
-            }
+            HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM),
+            HeadRoom::NoMetadata => self.run_xdp(step.ifindex, frame, MOST_METADATA),
         };
         Outcome { code: ran.code, mark: ran.mark(), bytes: ran.bytes }
     }
@@ -370,11 +367,8 @@ pub fn in_kernel(fixture: &Fixture) -> bool {
 pub const WITHOUT_FAMILY: [Reason; 1] = [Reason::NotIp];
 
 /// The reasons that only one family's headers give.
-pub const OF_ONE_FAMILY: [(Reason, Family); 3] = [
-    (Reason::RoutingHeader, Family::V6),
-    (Reason::ExtensionChain, Family::V6),
-    (Reason::Jumbogram, Family::V6),
-];
+pub const OF_ONE_FAMILY: [(Reason, Family); 2] =
+    [(Reason::RoutingHeader, Family::V6), (Reason::ExtensionChain, Family::V6)];
 
 /// The reasons that no packet gives while every program is in its place; tests of their own take one
 /// away.
@@ -392,8 +386,7 @@ pub fn agree(
     ifindex: u32,
     frame: &[u8],
 ) -> Reason {
-    let first = if hook == Hook::Xdp { frame.len().min(FIRST_BUFFER) } else { frame.len() };
-    let ran = host.run_split(hook, ifindex, frame, HEAD_ROOM, first);
+    let ran = host.run(hook, ifindex, frame, HEAD_ROOM);
     let reason = ran.verdict.reason;
     if reason.kind() == VerdictKind::Pass {
         assert_eq!(ran.bytes, frame, "{reason:?} on the host: {}", difference(&ran.bytes, frame));
@@ -407,9 +400,7 @@ pub fn agree(
     let context =
         || format!("{reason:?} on the host, {} bytes: {}", frame.len(), hex(frame, frame.len()));
     assert_eq!(after.packets, before.packets + 1, "another reason in the kernel: {}", context());
-    // A program that need not know of further buffers counts the bytes of the first.
-    let bytes = after.bytes - before.bytes;
-    assert!([first, frame.len()].contains(&(bytes as usize)), "{bytes} bytes: {}", context());
+    assert_eq!(after.bytes, before.bytes + frame.len() as u64, "{}", context());
     assert_eq!(other.code, code_of(hook, ran.verdict.action), "{}", context());
     if ran.verdict.action != Action::Drop {
         assert_eq!(other.bytes, ran.bytes, "{}", difference(&other.bytes, &ran.bytes));
@@ -418,19 +409,14 @@ pub fn agree(
     reason
 }
 
-/// Bytes of a frame's first buffer, if there are more: a page without head room and
-/// `struct skb_shared_info` (net/bpf/test_run.c).
-const FIRST_BUFFER: usize = 4096 - 256 - 320;
-
 /// Whether BPF_PROG_TEST_RUN takes a frame (net/bpf/test_run.c).
-fn is_taken(hook: Hook, frame: &[u8]) -> bool {
-    // An Ethernet header at least. At most the first buffer at TC, and all that a frame may have at
-    // XDP (MAX_SKB_FRAGS pages).
-    let most = if hook == Hook::Xdp { 17 * 4096 } else { 3400 };
+pub fn is_taken(hook: Hook, frame: &[u8]) -> bool {
+    // An Ethernet header at least; at most a page without head room and `struct skb_shared_info`.
+    const LENGTHS: std::ops::RangeInclusive<usize> = 14..=3400;
     // At TC the IP header that the EtherType promises must be there.
     let promised = match packet::family_of(frame) {
         Some(family) if hook != Hook::Xdp => packet::l4_offset(family),
         _ => 0,
     };
-    (14..=most).contains(&frame.len()) && frame.len() >= promised
+    LENGTHS.contains(&frame.len()) && frame.len() >= promised
 }

@@ -1,5 +1,6 @@
 //! The loaded object: its maps filled from a [`World`], its programs run by BPF_PROG_TEST_RUN.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, PerCpuArray, PerCpuValues};
@@ -127,27 +128,17 @@ impl Kernel {
     pub fn rewrite(&mut self, world: &World) {
         assert!(world.settings.flow_set_mask < self.flow_sets, "more flow sets than the map has");
         let old = self.filled.take();
-        // Most fixtures live in the same world, and writing it again costs a thousand calls.
-        let same = |part: fn(&World, &World) -> bool| old.as_ref().is_some_and(|o| part(o, world));
-        self.write_array(maps::SETTINGS, &[world.settings]);
-        if !same(|a, b| a.frontends == b.frontends) {
-            self.replace_hash(maps::FRONTEND, world.frontends.iter());
-        }
-        if !same(|a, b| a.pods == b.pods) {
-            self.replace_hash(maps::POD, world.pods.iter());
-        }
-        if !same(|a, b| a.vtep_sources == b.vtep_sources) {
-            self.replace_hash(maps::VTEP_SOURCE, world.vtep_sources.iter());
-        }
-        if !same(|a, b| a.maglev == b.maglev) {
-            self.write_array(maps::MAGLEV, &world.maglev);
-        }
-        if !same(|a, b| a.backends == b.backends) {
-            self.write_array(maps::BACKEND, &world.backends);
-        }
-        self.write_array(maps::VTEP, &world.vteps);
-        self.write_array(maps::TUNNEL, &world.tunnels);
-        self.write_array(maps::NEXTHOP, &world.next_hops);
+        // Worlds are much the same, and writing one anew costs a thousand calls.
+        let old = old.as_ref();
+        self.write_array(maps::SETTINGS, &[world.settings], None);
+        self.write_hash(maps::FRONTEND, &world.frontends, old.map(|o| &o.frontends));
+        self.write_hash(maps::POD, &world.pods, old.map(|o| &o.pods));
+        self.write_hash(maps::VTEP_SOURCE, &world.vtep_sources, old.map(|o| &o.vtep_sources));
+        self.write_array(maps::MAGLEV, &world.maglev, old.map(|o| &o.maglev[..]));
+        self.write_array(maps::BACKEND, &world.backends, old.map(|o| &o.backends[..]));
+        self.write_array(maps::VTEP, &world.vteps, old.map(|o| &o.vteps[..]));
+        self.write_array(maps::TUNNEL, &world.tunnels, old.map(|o| &o.tunnels[..]));
+        self.write_array(maps::NEXTHOP, &world.next_hops, old.map(|o| &o.next_hops[..]));
         self.filled = Some(world.clone());
     }
 
@@ -162,7 +153,7 @@ impl Kernel {
         for set in 0..self.flow_sets {
             self.set_flow_set(set, FlowSet::default());
         }
-        for index in snat_indexes() {
+        for index in size::snat_indexes() {
             if self.snat(index) != SnatSlot::FREE {
                 self.set_snat(index, SnatSlot::FREE);
             }
@@ -179,7 +170,7 @@ impl Kernel {
 
     /// Replaces the settings alone.
     pub fn write_settings(&mut self, settings: &Settings) {
-        self.write_array(maps::SETTINGS, &[*settings]);
+        self.write_array(maps::SETTINGS, &[*settings], None);
     }
 
     /// Runs the program of `hook` on one frame that arrived on (or leaves by) `ifindex`.
@@ -188,25 +179,23 @@ impl Kernel {
     /// If the kernel does not run it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
         match hook {
-            Hook::Xdp => self.run_xdp(ifindex, packet, 0, None),
+            Hook::Xdp => self.run_xdp(ifindex, packet, 0),
             Hook::TcIngress | Hook::TcEgress => self.run_tc(hook, ifindex, packet),
         }
     }
 
     /// Runs `xdp_node` on a frame with `meta` bytes of foreign metadata in front of it, which no
-    /// head can be moved over: the way to take the head room away. With `first` the frame lies in
-    /// several buffers, of which the first has so many bytes.
+    /// head can be moved over: the way to take the head room away.
     ///
     /// # Panics
     /// If the kernel does not run it.
-    pub fn run_xdp(&self, ifindex: u32, packet: &[u8], meta: usize, first: Option<usize>) -> Ran {
+    pub fn run_xdp(&self, ifindex: u32, packet: &[u8], meta: usize) -> Ran {
         let mut data = vec![0; meta];
         data.extend(packet);
         // Outer headers and the largest move of the head.
         let mut out = vec![0; data.len() + 256];
         let mut context_out = [0u8; XDP_MD];
-        // The context's end is the end of the first buffer (net/bpf/test_run.c).
-        let context = xdp_context(meta, first.unwrap_or(data.len()), ifindex);
+        let context = xdp_context(meta, data.len(), ifindex);
         let mut options = TestRunOptions::new();
         options.data_in = Some(&data);
         options.data_out = Some(&mut out);
@@ -324,7 +313,7 @@ impl Kernel {
 
     /// Every owned SNAT slot of the standard world's range.
     pub fn snat_slots(&self) -> Vec<(u32, SnatSlot)> {
-        let slots = snat_indexes().map(|i| (i, self.snat(i)));
+        let slots = size::snat_indexes().map(|i| (i, self.snat(i)));
         slots.filter(|(_, slot)| *slot != SnatSlot::FREE).collect()
     }
 
@@ -384,29 +373,42 @@ impl Kernel {
         array.set(index, Plain(value), 0).unwrap_or_else(|e| panic!("write {map}[{index}]: {e}"));
     }
 
-    fn write_array<T: Value>(&mut self, map: &str, values: &[T]) {
+    /// Writes the first entries of an array that are not as they were.
+    fn write_array<T: Value + PartialEq>(&mut self, map: &str, values: &[T], old: Option<&[T]>) {
         let mut array: Array<_, Plain<T>> = self.map_mut(map).try_into().expect("an array");
         for (i, value) in values.iter().enumerate() {
-            array
-                .set(i as u32, Plain(*value), 0)
-                .unwrap_or_else(|e| panic!("write {map}[{i}]: {e}"));
+            if old.and_then(|old| old.get(i)) != Some(value) {
+                array
+                    .set(i as u32, Plain(*value), 0)
+                    .unwrap_or_else(|e| panic!("write {map}[{i}]: {e}"));
+            }
         }
     }
 
-    fn replace_hash<'a, K: Value, V: Value>(
+    /// Writes a hash map, of which only the differences from `old` are written if that is known.
+    fn write_hash<K: Value + Ord, V: Value + PartialEq>(
         &mut self,
         map: &str,
-        entries: impl Iterator<Item = (&'a K, &'a V)>,
+        entries: &BTreeMap<K, V>,
+        old: Option<&BTreeMap<K, V>>,
     ) {
+        if old == Some(entries) {
+            return;
+        }
         let mut hash: HashMap<_, Plain<K>, Plain<V>> =
             self.map_mut(map).try_into().expect("a hash map");
-        let old: Vec<_> = hash.keys().map(|key| key.expect("a key")).collect();
-        for key in old {
-            hash.remove(&key).unwrap_or_else(|e| panic!("remove from {map}: {e}"));
+        let gone: Vec<K> = match old {
+            Some(old) => old.keys().filter(|key| !entries.contains_key(key)).copied().collect(),
+            None => hash.keys().map(|key| key.expect("a key").0).collect(),
+        };
+        for key in gone {
+            hash.remove(&Plain(key)).unwrap_or_else(|e| panic!("remove from {map}: {e}"));
         }
         for (key, value) in entries {
-            hash.insert(Plain(*key), Plain(*value), 0)
-                .unwrap_or_else(|e| panic!("insert into {map}: {e}"));
+            if old.and_then(|old| old.get(key)) != Some(value) {
+                hash.insert(Plain(*key), Plain(*value), 0)
+                    .unwrap_or_else(|e| panic!("insert into {map}: {e}"));
+            }
         }
     }
 
@@ -440,11 +442,6 @@ impl Kernel {
     pub fn map_mut(&mut self, name: &str) -> &mut Map {
         self.ebpf.map_mut(name).unwrap_or_else(|| panic!("no map {name}"))
     }
-}
-
-/// The indexes of the SNAT table that the standard world's port range uses.
-pub fn snat_indexes() -> std::ops::Range<u32> {
-    size::SNAT_FIRST as u32 * maps::SNAT_SLOTS_PER_PORT..size::SNAT_SLOTS
 }
 
 /// Bytes of `struct xdp_md` (include/uapi/linux/bpf.h).

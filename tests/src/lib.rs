@@ -17,6 +17,7 @@ pub mod kernel;
 pub mod netns;
 pub mod packet;
 pub mod random;
+pub mod sequence;
 pub mod shared_data;
 pub mod wire;
 pub mod world;

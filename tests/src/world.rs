@@ -13,8 +13,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use sluice_abi::{
     Addr, Answers, Backend, Be16, Be32, Delivery, Extent, Family, Frontend, FrontendKey,
-    IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod, PodNet, Route, Seeds, Settings, Timeouts, Tunnel,
-    Vtep, VtepKey, frontend_flags, settings_flags,
+    IPPROTO_TCP, IPPROTO_UDP, MAX_OWN_MACS, Mac, NextHop, OwnMac, Pod, PodNet, Route, Seeds,
+    Settings, Timeouts, Tunnel, Vtep, VtepKey, frontend_flags, settings_flags,
 };
 
 /// Both families.
@@ -433,6 +433,10 @@ pub mod size {
     pub const SNAT_LAST: u16 = 2_079;
     /// Entries of the SNAT table: up to the last port.
     pub const SNAT_SLOTS: u32 = (SNAT_LAST as u32 + 1) * SNAT_SLOTS_PER_PORT;
+    /// The indexes of the SNAT table that the standard world's port range uses.
+    pub fn snat_indexes() -> std::ops::Range<u32> {
+        SNAT_FIRST as u32 * SNAT_SLOTS_PER_PORT..SNAT_SLOTS
+    }
 }
 
 /// Ticks of each timeout in the standard world. Long: a test that is slow must not see a record
@@ -581,7 +585,17 @@ fn settings() -> Settings {
         snat_reply_first: size::SNAT_FIRST,
         snat_reply_last: size::SNAT_LAST,
         reserved2: 0,
+        own_macs: own_macs(&[(dev::UPLINK, mac::UPLINK), (dev::UPLINK_B, mac::UPLINK_B)]),
     }
+}
+
+/// The uplinks' own MACs.
+pub fn own_macs(macs: &[(u32, Mac)]) -> [OwnMac; MAX_OWN_MACS] {
+    let mut own = [OwnMac::default(); MAX_OWN_MACS];
+    for (to, (ifindex, mac)) in own.iter_mut().zip(macs) {
+        *to = OwnMac { ifindex: *ifindex, mac: *mac, reserved: 0 };
+    }
+    own
 }
 
 fn pods() -> BTreeMap<Addr, Pod> {

@@ -9,8 +9,8 @@ use std::mem::offset_of;
 use object::{Object, ObjectSection};
 use sluice_abi::{
     Addr, Answers, Ask, Backend, BackendCounter, Be16, Be32, Exit, Extent, FlowRecord, FlowSet,
-    Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac, NextHop, Pod, PodNet, ReasonCounter, Scratch,
-    Seeds, ServiceCounter, Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac, NextHop, OwnMac, Pod, PodNet, ReasonCounter,
+    Scratch, Seeds, ServiceCounter, Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -45,7 +45,7 @@ macro_rules! layouts {
 
 layouts! {
     Answers { source_rate, source_burst, cpu_rate, cpu_burst }
-    Ask { renew, tcp_flags, in_cluster, snat, tagged }
+    Ask { renew, tcp_flags, in_cluster, snat, tagged, uplink, reserved }
     Backend { addr, port, route, index, proto, reserved }
     BackendCounter { forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows }
     Exit { index, kind, reserved, dst_mac, src_mac }
@@ -62,6 +62,7 @@ layouts! {
     }
     FrontendKey { addr, port, proto, reserved }
     NextHop { ifindex, mtu, dst_mac, src_mac, reserved }
+    OwnMac { ifindex, mac, reserved }
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
@@ -73,7 +74,7 @@ layouts! {
     Settings {
         flags, epoch, seeds, timeouts, vxlan_ports, snat_first_port, snat_last_port, flow_set_mask,
         ticks_per_second, node_v4, node_v6, fail_safe_tcp, fail_safe_udp, answers,
-        snat_reply_first, snat_reply_last, reserved2
+        snat_reply_first, snat_reply_last, reserved2, own_macs
     }
     SnatSlot { 0 }
     Timeouts {

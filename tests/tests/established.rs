@@ -58,6 +58,7 @@ fn a_million_packets_of_known_connections_decide_and_write_nothing() {
             let calls = calls(&mut rig, &scenario, PACKETS);
             assert_eq!(calls[&Trap::Decide], 0, "{scenario:?}");
             assert_eq!(calls[&Trap::Lock], 0, "{scenario:?}");
+            assert_eq!(calls[&Trap::Segment], 0, "{scenario:?}");
             total += u64::from(PACKETS);
         }
         assert_eq!(total, 1_000_000);
@@ -145,7 +146,8 @@ fn no_program_contains_a_call_that_a_packet_may_not_make() {
 fn instructions_are_read_right() {
     let object = elf::Object::read(OBJECT);
     let node = object.contents("xdp_node");
-    assert_eq!(node.functions[..2], ["xdp_node", "sl_decide"], "{node:?}");
+    assert_eq!(node.functions[0], "xdp_node", "{node:?}");
+    assert!(node.functions.iter().any(|f| f == "sl_decide"), "{node:?}");
     assert!(node.helpers.contains_key(&helper::MAP_LOOKUP), "{node:?}");
     assert!(node.helpers.contains_key(&helper::SPIN_LOCK), "{node:?}");
     let clock = object.contents("xdp_clock");

@@ -1,7 +1,7 @@
 //! Packets as data: one table, run on the host and in the loaded program.
 
-use sluice_abi::{Family, Hook, IPPROTO_TCP, REASONS, Reason};
-use sluice_tests::fixtures::{self, Fixture, HeadRoom, request};
+use sluice_abi::{Family, Hook, IPPROTO_TCP, REASONS};
+use sluice_tests::fixtures::{self, request};
 use sluice_tests::host::Host;
 use sluice_tests::judge::{OF_ONE_FAMILY, Runner, WITHOUT_FAMILY, WITHOUT_LANES, in_kernel, judge};
 use sluice_tests::netns::with_kernel;
@@ -102,41 +102,6 @@ fn outer_checksum_that_computes_to_zero_is_sent_as_all_ones() {
         local[14..].copy_from_slice(&(sum + u16::from(carry)).to_be_bytes());
         assert_eq!(sent(&world), [0xff, 0xff], "{family:?}");
     }
-}
-
-/// A frame whose last byte lies in another buffer is handled as if it lay in one.
-#[test]
-fn frame_in_two_buffers_is_handled_as_in_one() {
-    let (failures, count) = with_kernel(|kernel| {
-        let mut failures = Vec::new();
-        let mut count = 0;
-        for mut fixture in fixtures::all().into_iter().filter(in_two_buffers) {
-            count += 1;
-            fixture.head_room = HeadRoom::Split(1);
-            if let Err(text) = judge(&fixture, &mut Host::new(fixture.first_world())) {
-                failures.push(format!("{} on the host: {text}", fixture.name));
-            }
-            kernel.fill(fixture.first_world());
-            if let Err(text) = judge(&fixture, kernel) {
-                failures.push(format!("{}: {text}", fixture.name));
-            }
-        }
-        (failures, count)
-    });
-    assert!(count > 100, "{count}");
-    report(&failures, count);
-}
-
-fn in_two_buffers(fixture: &Fixture) -> bool {
-    use Reason::{Bypass, Jumbogram, L4Malformed, NotIp, VxlanMalformed};
-    // The last byte is one of a header, or the program need not know that there is a second buffer,
-    // and counts the bytes of the first.
-    let other = [Bypass, Jumbogram, L4Malformed, NotIp, VxlanMalformed].contains(&fixture.reason)
-        || ["empty_packet", "padding_behind"].iter().any(|name| fixture.name.starts_with(name));
-    in_kernel(fixture)
-        && !other
-        && fixture.step.hook == Hook::Xdp
-        && fixture.head_room == HeadRoom::Plenty
 }
 
 fn report(failures: &[String], of: usize) {

@@ -94,6 +94,13 @@ fn ignored_test_is_a_failure() {
 }
 
 #[test]
+fn what_a_suite_covered_is_shown() {
+    let output = format!("\nmodel: 20000 cases, 72000 packets, host and kernel\n{GOOD}");
+    let lines = summary(&output);
+    assert_eq!(lines, ["note model: 20000 cases, 72000 packets, host and kernel", "sum 2 0"]);
+}
+
+#[test]
 fn no_output_is_no_pass() {
     assert_eq!(summary(""), ["sum 0 0"]);
 }

@@ -12,7 +12,6 @@ use std::time::Instant;
 use aya::programs::XdpMode;
 use aya::programs::tc::TcAttachType;
 use pnet::datalink::DataLinkSender;
-use sluice::attach::without_frags;
 use sluice_abi::{Hook, REASONS};
 use sluice_datapath::verdict::Action;
 use sluice_tests::fixtures::{self, Fixture, HeadRoom, Out, Step};
@@ -33,11 +32,7 @@ impl Lab {
     fn new(mode: XdpMode) -> Self {
         make_interfaces();
         raise_interfaces();
-        // As the agent does it.
-        let mut kernel = match mode {
-            XdpMode::Skb => Kernel::load(&without_frags(OBJECT), size::FLOW_SETS),
-            _ => Kernel::load(OBJECT, size::FLOW_SETS),
-        };
+        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
         for uplink in ["upa", "upb"] {
             kernel.xdp_mut("xdp_node").attach(uplink, mode).expect("attach xdp_node");
         }

@@ -161,6 +161,8 @@ pub struct Datapath {
     pub behaviour: Behaviour,
     /// How frames reach pods of this node.
     pub delivery: DeliveryChoice,
+    /// Features of devices that stand in the way of XDP may be switched.
+    pub change_device_features: bool,
     /// Overrides for single interfaces, by name.
     #[serde(default)]
     pub interface: BTreeMap<String, InterfaceOverride>,

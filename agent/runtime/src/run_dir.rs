@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use sluice_control::{Held, Names, Skipped};
 
 use crate::attach::Attached;
+use crate::facts::Hidden;
 
 /// Why a file of the run directory could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -192,6 +193,28 @@ impl RunDir {
         self.write("status.json", status)
     }
 
+    /// Device features that this instance switched off.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn switched(&self) -> Result<Vec<Hidden>, RunDirError> {
+        Ok(self.read("switched.json")?.unwrap_or_default())
+    }
+
+    /// Notes a device feature before it is switched off, so that cleanup switches it on again.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn note_switched(&self, hidden: &Hidden) -> Result<(), RunDirError> {
+        let mut all = self.switched()?;
+        let hidden = Hidden { changeable: false, ..hidden.clone() };
+        if !all.contains(&hidden) {
+            all.push(hidden);
+            self.write("switched.json", &all)?;
+        }
+        Ok(())
+    }
+
     /// Lets a held mass removal through.
     ///
     /// # Errors
@@ -216,6 +239,9 @@ impl RunDir {
             "status.json",
             "status.json.new",
             "status.json.broken",
+            "switched.json",
+            "switched.json.new",
+            "switched.json.broken",
             "release",
             "settings.lock",
             "lock",

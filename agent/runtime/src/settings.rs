@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use sluice_abi::{Addr, Answers, Be16, Seeds, Settings, Timeouts, settings_flags};
+use sluice_abi::{
+    Addr, Answers, Be16, MAX_OWN_MACS, Mac, OwnMac, Seeds, Settings, Timeouts, settings_flags,
+};
 use sluice_control::NodeContext;
 
 use crate::config::{Behaviour, Config};
@@ -103,6 +105,22 @@ pub fn fill_addresses(settings: &mut Settings, v4: Option<Addr>, v6: Option<Addr
     settings.node_v6 = v6.unwrap_or(Addr::NONE);
 }
 
+/// Sets the destination MACs of frames for this node. When there are more than places, an uplink
+/// that does not fit as a whole is left out, and takes every frame for its own.
+pub fn fill_own_macs(settings: &mut Settings, macs: &[(u32, Mac)]) {
+    let mut own = [OwnMac::default(); MAX_OWN_MACS];
+    let mut places = own.iter_mut();
+    for of_uplink in macs.chunk_by(|a, b| a.0 == b.0) {
+        if of_uplink.len() > places.len() {
+            continue;
+        }
+        for ((ifindex, mac), place) in of_uplink.iter().zip(&mut places) {
+            *place = OwnMac { ifindex: *ifindex, mac: *mac, reserved: 0 };
+        }
+    }
+    settings.own_macs = own;
+}
+
 /// A secret for the flow table, unless there is one.
 ///
 /// # Errors
@@ -150,6 +168,23 @@ mod tests {
         assert_eq!(settings.ticks_per_second, 250);
         assert_eq!(settings.flow_set_mask, 8191);
         assert_eq!(settings.fail_safe_tcp[0], Be16::new(22));
+    }
+
+    #[test]
+    fn uplink_whose_addresses_do_not_fit_takes_every_frame() {
+        let mac = |n: u8| Mac([2, 0, 0, 0, 0, n]);
+        let mut macs: Vec<(u32, Mac)> = (0..3).map(|n| (5, mac(n))).collect();
+        macs.extend((0..20).map(|n| (6, mac(n))));
+        macs.push((7, mac(9)));
+        let mut settings = Settings::default();
+        fill_own_macs(&mut settings, &macs);
+        let named: Vec<(u32, Mac)> = settings
+            .own_macs
+            .iter()
+            .filter(|own| own.ifindex != 0)
+            .map(|own| (own.ifindex, own.mac))
+            .collect();
+        assert_eq!(named, [(5, mac(0)), (5, mac(1)), (5, mac(2)), (7, mac(9))]);
     }
 
     #[test]

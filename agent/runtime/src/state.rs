@@ -20,11 +20,11 @@ use sluice_control::{
     Snapshot, Tables, compile, delta, mass_removal, wanted_next_hops,
 };
 
-use crate::attach::{Attacher, Role, Rung};
+use crate::attach::{Attacher, Obstacle, Role, Rung};
 use crate::config::Config;
 use crate::describe::causes;
 use crate::facts::kernel::Link;
-use crate::facts::{Collector, Facts};
+use crate::facts::{Collector, Facts, own_macs};
 use crate::maps::{FlowTable, MapsError};
 use crate::netlink::NetlinkError;
 use crate::run_dir::{RunDir, RunDirError, SkippedObject, Status, TableSizes};
@@ -285,6 +285,7 @@ impl State {
         // there come first. They pass everything until the tables know the pod.
         self.attach_pods(&facts);
         self.program(&snapshot, &mut facts)?;
+        self.unhide_tags(&facts)?;
         if self.held.is_none() {
             self.attach(&facts);
         }
@@ -451,13 +452,55 @@ impl State {
         let mut wanted = self.settings;
         settings::fill(&mut wanted, &self.config, &facts.context, self.hz);
         settings::fill_addresses(&mut wanted, own(true), own(false));
+        let macs = own_macs(&facts.kernel, &facts.uplinks);
+        settings::fill_own_macs(&mut wanted, &macs);
         if wanted != self.settings {
             let (config, hz) = (&self.config, self.hz);
             self.settings = settings::update(self.attacher.pins(), &self.run_dir, |s| {
                 settings::fill(s, config, &facts.context, hz);
                 settings::fill_addresses(s, own(true), own(false));
+                settings::fill_own_macs(s, &macs);
             })?;
         }
+        Ok(())
+    }
+
+    /// Where VLAN tags are hidden from XDP: switched off with consent; else named, and XDP is not
+    /// attached to a device that takes them out of the frames.
+    fn unhide_tags(&mut self, facts: &Facts) -> Result<(), StepError> {
+        let mut obstacles = BTreeMap::new();
+        for hidden in self.collector.hidden_tags(facts) {
+            let mut remedy = format!("{}, or datapath.change_device_features", hidden.command());
+            if self.config.datapath.change_device_features {
+                self.run_dir.note_switched(&hidden)?;
+                match self.collector.unhide(facts, &hidden) {
+                    Ok(()) => {
+                        tracing::warn!(
+                            interface = hidden.uplink,
+                            "device feature switched off, `sluice cleanup` switches it on: {}",
+                            hidden.command()
+                        );
+                        continue;
+                    }
+                    Err(e) => remedy = format!("{} failed: {e}", hidden.command()),
+                }
+            }
+            if !hidden.changeable {
+                remedy = "the driver does not let it be switched; mode auto uses TC".to_owned();
+            }
+            let reason = format!(
+                "{} ({}) hides VLAN tags from XDP, which would take a packet of another VLAN for \
+                 an untagged one",
+                hidden.device,
+                hidden.features.join(", ")
+            );
+            if hidden.other_end {
+                self.notes.push(format!("{}: {reason} ({remedy})", hidden.uplink));
+            } else {
+                obstacles.insert(hidden.uplink, Obstacle { reason, remedy });
+            }
+        }
+        self.attacher.set_obstacles(obstacles);
         Ok(())
     }
 

@@ -332,6 +332,38 @@ fn changed_config_is_reloaded_and_a_wrong_one_is_not() {
 }
 
 #[test]
+fn hidden_tags_are_named_switched_with_consent_and_back_by_cleanup() {
+    in_namespace(|node| {
+        let instance = Instance::new(node);
+        let agent = instance.start();
+        let status = instance.until_ready(&agent);
+        let notes = status["notes"].to_string();
+        assert!(notes.contains("ethtool -K far txvlan off"), "{notes}");
+        let is_on = || sh("ethtool -k far | grep tx-vlan-offload").contains("on");
+        assert!(is_on(), "nothing is switched without consent");
+        let text = std::fs::read_to_string(&instance.config).unwrap();
+        let consent = "[datapath]\nchange_device_features = true";
+        std::fs::write(&instance.config, text.replace("[datapath]", consent)).unwrap();
+        instance.until("status", |s| s["notes"].as_array().is_some_and(Vec::is_empty));
+        assert!(!is_on());
+        // The next agent, without consent, leaves it as it is.
+        drop(agent);
+        std::fs::write(&instance.config, text).unwrap();
+        let agent = instance.start();
+        instance.until_ready(&agent);
+        assert!(!is_on());
+        drop(agent);
+        let cleaned = instance.sluice(&["cleanup", "--yes"]);
+        let said = String::from_utf8_lossy(&cleaned.stdout).into_owned();
+        assert!(
+            said.contains("switched on tx-vlan-hw-insert, tx-vlan-stag-hw-insert of far"),
+            "{said}"
+        );
+        assert!(is_on());
+    });
+}
+
+#[test]
 fn mass_removal_at_start_is_held_until_it_is_released() {
     in_namespace(|node| {
         let instance = Instance::new(node);

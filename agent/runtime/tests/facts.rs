@@ -11,8 +11,10 @@ use std::process::{Child, Command};
 
 use node::{in_namespace, sh};
 use sluice::config::Config;
-use sluice::facts::{Collector, PodEnd, PodEnds, netfilter_rules};
+use sluice::facts::kernel::{Kernel, Link};
+use sluice::facts::{Collector, Hidden, PodEnd, PodEnds, Tags, netfilter_rules, own_macs};
 use sluice::netlink::Netlink;
+use sluice_abi::Mac;
 use sluice_control::Snapshot;
 use sluice_control::model::NextHopFacts;
 
@@ -191,4 +193,108 @@ fn netfilter_rules_on_the_way_are_found() {
         let found = netfilter_rules().unwrap();
         assert!(found.contains("passing"), "{found}");
     });
+}
+
+/// Commands that would show the tags.
+fn hidden(kernel: &Kernel, uplink: &Link) -> Vec<String> {
+    let mut netlink = Netlink::open().unwrap();
+    let found = Tags::default().hidden(&mut netlink, kernel, uplink);
+    found.iter().map(Hidden::command).collect()
+}
+
+fn kernel() -> Kernel {
+    Kernel::read(&mut Netlink::open().unwrap()).unwrap()
+}
+
+/// What a veth's other end sends with the tag beside the frame has none for XDP.
+#[test]
+fn tags_are_hidden_by_the_sending_end_of_a_veth() {
+    in_namespace(|_| {
+        let pod = Pod::new();
+        sh(&format!(
+            "ip link add up0 type veth peer name far; ip link set up0 up
+             ip link add up1 type veth peer name eth0 netns {}; ip link set up1 up",
+            pod.0.id()
+        ));
+        let kernel = kernel();
+        let (up0, up1) = (kernel.link("up0").unwrap(), kernel.link("up1").unwrap());
+        let of = |device: &str, uplink: &str| {
+            format!(
+                "ethtool -K {device} txvlan off tx-vlan-stag-hw-insert off, at the other end of {uplink}"
+            )
+        };
+        assert_eq!(hidden(&kernel, up0), [of("far", "up0")]);
+        assert_eq!(hidden(&kernel, up1), [of("eth0", "up1")]);
+        sh("ethtool -K up0 rxvlan off txvlan off");
+        assert_eq!(hidden(&kernel, up0), [of("far", "up0")], "only the sending end counts");
+        sh("ethtool -K far txvlan off tx-vlan-stag-hw-insert off");
+        assert_eq!(hidden(&kernel, up0), Vec::<String>::new());
+
+        // The end in the other namespace is switched there, and on again.
+        let mut netlink = Netlink::open().unwrap();
+        let mut tags = Tags::default();
+        let [found] = tags.hidden(&mut netlink, &kernel, up1).try_into().unwrap();
+        assert!(found.changeable && found.other_end, "{found:?}");
+        tags.switch(&mut netlink, &kernel, &found, false).unwrap();
+        assert_eq!(tags.hidden(&mut netlink, &kernel, up1), []);
+        pod.sh("ethtool -k eth0 | grep -q \"tx-vlan-offload: off\"");
+        tags.switch(&mut netlink, &kernel, &found, true).unwrap();
+        pod.sh("ethtool -k eth0 | grep -q \"tx-vlan-offload: on\"");
+        assert_eq!(tags.hidden(&mut netlink, &kernel, up1), [found]);
+    });
+}
+
+/// A device without a kind is a NIC: it takes tags out itself.
+#[test]
+fn tags_are_hidden_by_a_nic_that_takes_them_out() {
+    in_namespace(|_| {
+        sh("ip link add up0 type veth peer name far; ip link set up0 up");
+        let kernel = kernel();
+        let nic = Link { kind: String::new(), ..kernel.link("up0").unwrap().clone() };
+        assert_eq!(hidden(&kernel, &nic), ["ethtool -K up0 rxvlan off rx-vlan-stag-hw-parse off"]);
+        sh("ethtool -K up0 rxvlan off");
+        let mut netlink = Netlink::open().unwrap();
+        let mut tags = Tags::default();
+        let [stag] = tags.hidden(&mut netlink, &kernel, &nic).try_into().unwrap();
+        assert_eq!(stag.command(), "ethtool -K up0 rx-vlan-stag-hw-parse off");
+        tags.switch(&mut netlink, &kernel, &stag, false).unwrap();
+        assert_eq!(tags.hidden(&mut netlink, &kernel, &nic), []);
+        tags.switch(&mut netlink, &kernel, &stag, true).unwrap();
+        assert_eq!(tags.hidden(&mut netlink, &kernel, &nic), [stag]);
+        let bond = Link { kind: "bond".to_owned(), ifindex: 99, ..nic.clone() };
+        assert_eq!(hidden(&kernel, &bond), Vec::<String>::new(), "a bond without ports");
+        let mut with_port = kernel.clone();
+        with_port.links.get_mut(&nic.ifindex).unwrap().controller = Some(99);
+        assert_eq!(hidden(&with_port, &bond), ["ethtool -K up0 rx-vlan-stag-hw-parse off"]);
+    });
+}
+
+#[test]
+fn devices_that_stand_on_an_uplink_receive_its_frames() {
+    let mac = |n: u8| Mac([2, 0, 0, 0, 0, n]);
+    let link = |ifindex: u32, below, controller| Link {
+        ifindex,
+        mac: mac(ifindex as u8),
+        below,
+        controller,
+        ..Link::default()
+    };
+    let mut kernel = Kernel::default();
+    for link in [
+        // A port of bridge 2, on which a macvlan stands; a VLAN on the port, and one on that.
+        link(1, None, Some(2)),
+        link(2, None, None),
+        link(3, Some(2), None),
+        link(4, Some(1), None),
+        link(5, Some(4), None),
+        // Another uplink, and what has no link-layer address.
+        link(6, None, None),
+        Link { mac: Mac::default(), ..link(7, None, None) },
+    ] {
+        kernel.links.insert(link.ifindex, link);
+    }
+    let uplinks: Vec<Link> = [1, 6, 7].map(|i: u32| kernel.links[&i].clone()).into();
+    let of_port = (1..=5).map(|n| (1, mac(n)));
+    let expected: Vec<(u32, Mac)> = of_port.chain([(6, mac(6)), (7, Mac::default())]).collect();
+    assert_eq!(own_macs(&kernel, &uplinks), expected);
 }

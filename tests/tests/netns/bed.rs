@@ -85,13 +85,22 @@ pub struct Config {
     pub delivery: &'static str,
     /// Interfaces of node1 that are left alone.
     pub exclude: &'static [&'static str],
+    /// Lines of `[datapath]`.
+    pub datapath: &'static str,
     /// Whole TOML tables.
     pub tables: &'static str,
 }
 
 impl Config {
     pub fn new(mode: Mode) -> Self {
-        Self { mode, behaviour: "replace", delivery: "auto", exclude: &[], tables: "" }
+        Self {
+            mode,
+            behaviour: "replace",
+            delivery: "auto",
+            exclude: &[],
+            datapath: "",
+            tables: "",
+        }
     }
 }
 
@@ -158,7 +167,7 @@ impl Bed {
              [source]\npath = {objects}\nsettle = \"50ms\"\n\
              [datapath]\nuplinks = [\"{UPLINK}\"]\ntunnel_devices = [\"{VXLAN_DEVICE}\"]\n\
              mode = \"{mode}\"\nbehaviour = \"{behaviour}\"\ndelivery = \"{delivery}\"\n\
-             exclude_interfaces = {exclude:?}\n\
+             exclude_interfaces = {exclude:?}\n{datapath}\
              [maps]\nbackends = 1024\nvteps = 64\nnexthops = 64\n{tables}",
             pins = quoted(self.lab.make_pin_dir(node).expect("a directory for pins")),
             run = quoted(self.lab.dir().join(node)),
@@ -167,6 +176,7 @@ impl Bed {
             behaviour = config.behaviour,
             delivery = config.delivery,
             exclude = config.exclude,
+            datapath = config.datapath,
             tables = config.tables,
         );
         let path = self.lab.agent_config(node);

@@ -196,7 +196,7 @@ impl Default for FlowSet {
     }
 }
 
-/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 512 bytes: what a decision needs beyond the
+/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 520 bytes: what a decision needs beyond the
 /// stack's 512 bytes. Nothing in it outlives a packet.
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -231,7 +231,7 @@ pub struct Scratch {
 /// Size of [`Scratch::bytes`].
 pub const SCRATCH_BYTES: u32 = 256;
 
-/// What a decision needs to know beside the draft's tuple, tunnel and way back. 24 bytes.
+/// What a decision needs to know beside the draft's tuple, tunnel and way back. 32 bytes.
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -247,6 +247,10 @@ pub struct Ask {
     pub snat: u32,
     /// 1 if the request's frame carries VLAN tags.
     pub tagged: u32,
+    /// Uplink on which the frame arrived, 0 at TC.
+    pub uplink: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Value of `sl_snat_v1`: which record owns a SNAT port towards a group of backends. 8 bytes.
@@ -283,7 +287,7 @@ impl SnatSlot {
 
 const _: () = {
     assert!(size_of::<FlowRecord>() == 192);
-    assert!(size_of::<Scratch>() == 512);
+    assert!(size_of::<Scratch>() == 520);
     assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
     assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
     assert!(core::mem::offset_of!(FlowRecord, reply) == 128);

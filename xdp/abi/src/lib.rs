@@ -37,7 +37,9 @@ pub use flow::{
 };
 pub use lane::{JUMP_SLOTS, LANES, Lane};
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
-pub use settings::{Answers, MAX_TUNNELS, Seeds, Settings, Timeouts, settings_flags};
+pub use settings::{
+    Answers, MAX_OWN_MACS, MAX_TUNNELS, OwnMac, Seeds, Settings, Timeouts, settings_flags,
+};
 pub use tables::{
     Backend, Delivery, Extent, Frontend, FrontendKey, NextHop, Pod, PodNet, Route, Tunnel, Vtep,
     VtepKey, frontend_flags,

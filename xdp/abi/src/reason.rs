@@ -113,8 +113,8 @@ reasons! {
     41 Pass TooManyTags "too_many_tags" "more than two VLAN tags";
     42 Pass ExtensionChain "extension_chain" "more extension headers than are followed, or one that cannot be";
     43 Drop NoLane "no_lane" "needs the general program, and there is none behind the fast one: a bug, please report";
-    44 Pass NotLinear "not_linear" "headers do not lie in the frame's first buffer";
-    45 Pass Jumbogram "jumbogram" "says that it is an IPv6 jumbogram (RFC 2675), and is too short for one";
+    44 Pass NoMetadata "no_metadata" "the driver takes no metadata: left to the kernel, which decapsulates";
+    45 Pass OtherHost "other_host" "would begin a connection, but the frame is for another machine";
 }
 
 impl Reason {

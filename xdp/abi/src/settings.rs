@@ -1,6 +1,6 @@
 //! What the agent tells the programs, in one value that every packet reads.
 
-use crate::{Addr, Be16};
+use crate::{Addr, Be16, Mac};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Own tunnel devices at most (size of the map `sl_tunnel_v1`).
@@ -75,7 +75,24 @@ pub struct Seeds {
     pub cluster: u64,
 }
 
-/// The one value of `sl_settings_v1` (ARRAY), 152 bytes. Agent writes, programs read.
+/// Uplinks' own MACs at most, over all uplinks.
+pub const MAX_OWN_MACS: usize = 16;
+
+/// A destination MAC of frames that are for this node. 12 bytes; all zero in an unused place.
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct OwnMac {
+    /// The uplink.
+    pub ifindex: u32,
+    /// The MAC; zero: any.
+    pub mac: Mac,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// The one value of `sl_settings_v1` (ARRAY), 344 bytes. Agent writes, programs read.
 #[derive(
     Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -116,4 +133,9 @@ pub struct Settings {
     pub snat_reply_last: u16,
     /// Zero; room for growth.
     pub reserved2: u32,
+    /// What the uplinks' frames for this node have as their destination. An uplink that is not
+    /// named takes every frame for its own.
+    pub own_macs: [OwnMac; MAX_OWN_MACS],
 }
+
+const _: () = assert!(size_of::<Settings>() == 344);

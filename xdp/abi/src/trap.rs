@@ -19,8 +19,8 @@ pub enum Trap {
     AdjustMeta = 4,
     /// `bpf_redirect`.
     Redirect = 5,
-    /// `bpf_xdp_get_buff_len`.
-    BufferLength = 6,
+    /// The function that takes a segment into a connection's state.
+    Segment = 6,
 }
 
 impl Trap {
@@ -32,7 +32,7 @@ impl Trap {
         Trap::AdjustHead,
         Trap::AdjustMeta,
         Trap::Redirect,
-        Trap::BufferLength,
+        Trap::Segment,
     ];
 
     /// The name in the budget and in messages.
@@ -44,7 +44,7 @@ impl Trap {
             Trap::AdjustHead => "adjust_head",
             Trap::AdjustMeta => "adjust_meta",
             Trap::Redirect => "redirect",
-            Trap::BufferLength => "buffer_length",
+            Trap::Segment => "segment",
         }
     }
 }

@@ -18,7 +18,7 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, compiler_fence};
-use sluice_abi::{Hook, Lane, Reason};
+use sluice_abi::{Hook, Lane};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Plain bytes: what packets and maps hold.
@@ -59,9 +59,6 @@ pub unsafe trait Frame {
         (self.end() as usize).wrapping_sub(self.start() as usize)
     }
 
-    /// Whether bytes of the packet lie beyond `start..end`, in other buffers.
-    fn is_split(&self) -> bool;
-
     /// The bytes from the Ethernet header on.
     #[inline(always)]
     fn view(&self) -> View<'_> {
@@ -95,20 +92,6 @@ impl<'a> View<'a> {
     pub fn skip(self, bytes: usize) -> Self {
         let (start, len) = (self.start.wrapping_add(bytes), self.len.wrapping_sub(bytes));
         Self { start, len, ..self }
-    }
-
-    /// The `T` at the view's first byte; `why` if the packet has no such bytes.
-    ///
-    /// # Errors
-    /// `why`; `NotLinear` if the bytes are there, but not in the first buffer.
-    #[inline(always)]
-    pub fn need<T: Plain>(self, why: Reason) -> Result<At<'a, T>, Reason> {
-        match self.at::<T>() {
-            Some(at) => Ok(at),
-            // Signed: a view may begin beyond the end.
-            None if self.len as isize >= size_of::<T>() as isize => Err(Reason::NotLinear),
-            None => Err(why),
-        }
     }
 
     /// Bytes of the packet from the view's first on, those beyond reach included; wraps if it begins beyond the end, so compare only after an

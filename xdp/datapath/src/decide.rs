@@ -12,8 +12,8 @@ use crate::verdict::{Step, Stop};
 use crate::wire::{Ethernet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use sluice_abi::{
     Addr, Ask, Backend, Be16, Delivery, Exit, ExitKind, Extent, Family, FlowRecord, Frontend,
-    FrontendKey, IPPROTO_TCP, Pod, Reason, Route, Scratch, Seeds, Settings, SnatSlot, Timeouts,
-    Tunnel, Vtep, frontend_flags, maps, record_flags, settings_flags,
+    FrontendKey, IPPROTO_TCP, MAX_OWN_MACS, Mac, OwnMac, Pod, Reason, Route, Scratch, Seeds,
+    Settings, SnatSlot, Timeouts, Tunnel, Vtep, frontend_flags, maps, record_flags, settings_flags,
 };
 
 macro_rules! put {
@@ -34,6 +34,8 @@ pub struct Origin<'f> {
     pub snat: bool,
     /// Interface on which a plain packet came in, 0 if replies are the kernel's to route.
     pub ifindex: u32,
+    /// Uplink on which the frame came in, 0 at TC.
+    pub uplink: u32,
     /// The packet's outermost Ethernet header.
     pub eth: At<'f, Ethernet>,
     /// The frame.
@@ -120,7 +122,7 @@ pub fn stashed(scratch: At<'_, Scratch>) -> Tuple {
 /// record anew.
 ///
 /// # Errors
-/// `NoService`, `FailSafe`, `MidFlow`, `NoEndpointPassed`, `Hairpin`, `TableBroken` (pass); `Martian`,
+/// `NoService`, `FailSafe`, `OtherHost`, `MidFlow`, `NoEndpointPassed`, `Hairpin`, `TableBroken` (pass); `Martian`,
 /// `NoEndpoint`, `LocalPolicy`, `SnatExhausted`, `FlowTableFull` (drop).
 #[inline(always)]
 pub fn ask<'a, E: Env>(
@@ -140,6 +142,8 @@ pub fn ask<'a, E: Env>(
         in_cluster: origin.in_cluster as u32,
         snat: origin.snat as u32,
         tagged: (origin.tags != 0) as u32,
+        uplink: origin.uplink,
+        reserved: 0,
     });
     let answer = env.decide();
     let service = field!(draft, FlowRecord, service).get();
@@ -200,6 +204,10 @@ fn decide<E: Env>(
     let frontend = env.frontend(&key).ok_or(Reason::NoService)?;
     if is_fail_safe(settings, &key) {
         return Err(Reason::FailSafe);
+    }
+    let reply = field!(draft, FlowRecord, reply);
+    if !is_for_us(settings, field!(ask, Ask, uplink).get(), field!(reply, Exit, src_mac).get()) {
+        return Err(Reason::OtherHost);
     }
     put!(draft, service, field!(frontend, Frontend, service).get());
     let extent = admit(env, settings, frontend, draft, ask)?;
@@ -455,6 +463,25 @@ fn is_fail_safe(settings: At<'_, Settings>, key: &FrontendKey) -> bool {
         }
     }
     false
+}
+
+/// Whether a frame with this destination is for this node. A switch that has forgotten where a MAC
+/// is sends its frames to everybody; the kernel drops them, and they must begin no connection here.
+#[inline(always)]
+fn is_for_us(settings: At<'_, Settings>, uplink: u32, dst: Mac) -> bool {
+    let macs = field!(settings, Settings, own_macs);
+    let mut named = false;
+    for i in 0..MAX_OWN_MACS as u32 {
+        let own = macs.element(i);
+        if field!(own, OwnMac, ifindex).get() == uplink {
+            let mac = field!(own, OwnMac, mac).get();
+            if mac == dst || mac.is_zero() {
+                return true;
+            }
+            named = true;
+        }
+    }
+    !named
 }
 
 /// Sources that no wire may carry (RFC 1122 3.2.1.3, RFC 4291 2.5 and 2.7), and packets from a

@@ -2,6 +2,7 @@
 
 use crate::access::At;
 use crate::decide::Answer;
+use crate::tcp::Segment;
 use sluice_abi::{
     Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, NextHop, Pod, ReasonCounter,
     Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey,
@@ -36,6 +37,8 @@ pub trait Env {
     fn scratch(&self) -> Option<At<'_, Scratch>>;
     /// Runs [`answer`](crate::decide::answer) on what stands in the scratch room.
     fn decide(&self) -> Answer;
+    /// Runs [`follow`](crate::tcp::follow).
+    fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment);
     /// The lock of a set.
     fn flow_lock(&self, set: u32) -> Option<Self::Lock>;
     /// Takes a lock; between this and [`Env::unlock`] no other method may be called (the verifier

@@ -11,15 +11,12 @@ use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
 use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan};
 use sluice_abi::{
-    Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, Lane, MAX_TUNNELS, Pod,
-    Reason, Scratch, Settings, SnatSlot, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
+    Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
+    Scratch, Settings, SnatSlot, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
 };
 
 /// Ethernet, UDP and VXLAN headers: the outer headers without the IP header.
 const OUTER_OVERHEAD: usize = size_of::<Ethernet>() + size_of::<Udp>() + size_of::<Vxlan>();
-
-/// UDP, VXLAN and inner Ethernet headers: what the outer UDP length counts beside the inner packet.
-const INNER_OVERHEAD: u32 = (size_of::<Udp>() + size_of::<Vxlan>() + size_of::<Ethernet>()) as u32;
 
 /// Decides and handles one frame, and counts it, unless another lane's program does.
 #[inline(always)]
@@ -28,7 +25,7 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     let verdict = match way::<P, E, F>(env, frame) {
         Ok(verdict) => verdict,
         Err(stop) => {
-            if let Some(lane) = lane::<P, F>(frame, stop.reason)
+            if let Some(lane) = P::lane(stop.reason)
                 && frame.change_lane(Hook::Xdp, lane)
             {
                 return stop.into();
@@ -38,17 +35,6 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     };
     account(env, Hook::Xdp, &verdict, bytes);
     verdict
-}
-
-/// The program that goes on. What looks cut short may be a frame in several buffers, of which the
-/// plain form knows the first.
-#[inline(always)]
-fn lane<P: Form, F: Frame>(frame: &F, reason: Reason) -> Option<Lane> {
-    use Reason::{IpMalformed, L4Malformed, VxlanMalformed};
-    if !P::GENERAL && matches!(reason, IpMalformed | L4Malformed | VxlanMalformed) {
-        return frame.is_split().then_some(Lane::General);
-    }
-    P::lane(reason)
 }
 
 #[inline(always)]
@@ -83,23 +69,32 @@ fn plan<'e, P: Form, E: Env>(
             return Err(Reason::IpOptions.into());
         }
         let payload = link.l3.skip(ip.l3.header_len());
-        let (index, vtep) = source(env, settings, &ip, payload)?;
+        let (index, vtep, room) = source(env, settings, &ip, payload)?;
         let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
-        packet = inside::<P, E>(env, &link, &ip, inner, vtep)?;
-        if packet.ip.len + INNER_OVERHEAD > outer.len {
-            return Err(Reason::VxlanMalformed.into());
-        }
+        packet = inside::<P, E>(env, &link, &ip, inner, vtep, room)?;
         if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
-            return deliver(env, settings, &packet, pod, index);
+            return deliver::<P, E>(env, settings, &packet, pod, index);
         }
         transport = parse::transport(packet.l3, &packet.ip)?;
         tunnel = index;
     }
+    if P::GENERAL {
+        (packet, transport) = replay::again(env, view, &packet, &transport)?;
+        tunnel = env.forget(tunnel);
+    }
     // A tunnel's tags belong to the way to its other end.
+    let uplink = ifindex;
     let (ifindex, tags) = if tunnel == 0 { (ifindex, link.tags) } else { (0, 0) };
-    let eth = link.first;
-    let origin =
-        Origin { tunnel, in_cluster: tunnel != 0, snat: true, ifindex, eth, frame: view, tags };
+    let origin = Origin {
+        tunnel,
+        in_cluster: tunnel != 0,
+        snat: true,
+        ifindex,
+        uplink,
+        eth: link.first,
+        frame: view,
+        tags,
+    };
     serve::<P, E>(env, settings, &packet, &transport, &origin)
 }
 
@@ -109,7 +104,8 @@ fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
     port == ports.element(0).get() || port == ports.element(1).get()
 }
 
-/// The tunnel end that sent a VXLAN packet to us.
+/// The tunnel end that sent a VXLAN packet to us, and the bytes that its datagram has for the inner
+/// frame: what follows a datagram is not of the packet (RFC 768), though it be in the frame.
 ///
 /// # Errors
 /// `VxlanFlags`, `ForeignTunnel`, `UnknownVtepPassed` (pass); `VxlanMalformed`, `UnknownVtep`
@@ -120,8 +116,14 @@ fn source<'a, E: Env>(
     settings: At<'a, Settings>,
     ip: &Ip<'_>,
     payload: View<'_>,
-) -> Step<(u32, At<'a, Vtep>)> {
-    let header = payload.skip(size_of::<Udp>()).need::<Vxlan>(Reason::VxlanMalformed)?;
+) -> Step<(u32, At<'a, Vtep>, u32)> {
+    let udp = payload.at::<Udp>().ok_or(Reason::VxlanMalformed)?;
+    let len = field!(udp, Udp, len).get().host() as u32;
+    let header = payload.skip(size_of::<Udp>()).at::<Vxlan>().ok_or(Reason::VxlanMalformed)?;
+    const HEADERS: u32 = (size_of::<Udp>() + size_of::<Vxlan>()) as u32;
+    if len < HEADERS {
+        return Err(Reason::VxlanMalformed.into());
+    }
     let header = header.get();
     if header.flags.host() & FLAG_VNI == 0 {
         return Err(Reason::VxlanFlags.into());
@@ -135,7 +137,7 @@ fn source<'a, E: Env>(
     if field!(vtep, Vtep, local).get() != ip.l3.dst() {
         return Err(Reason::ForeignTunnel.into());
     }
-    Ok((index, vtep))
+    Ok((index, vtep, len.wrapping_sub(HEADERS)))
 }
 
 /// A VXLAN packet from nobody we know: is it for one of our tunnels at all?
@@ -153,11 +155,11 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
     Reason::ForeignTunnel
 }
 
-/// The packet inside, if it is the tunnel end's to send.
+/// The packet inside, if it is the tunnel end's to send. Its frame has `room` bytes.
 ///
 /// # Errors
-/// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `InnerSource`
-/// (drop).
+/// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `IpMalformed`,
+/// `InnerSource` (drop).
 #[inline(always)]
 fn inside<'f, P: Form, E: Env>(
     env: &E,
@@ -165,13 +167,21 @@ fn inside<'f, P: Form, E: Env>(
     outer: &Ip<'f>,
     view: View<'f>,
     vtep: At<'_, Vtep>,
+    room: u32,
 ) -> Step<Located<'f>> {
-    let inner = view.need::<Ethernet>(Reason::VxlanMalformed)?;
+    const HEADER: u32 = size_of::<Ethernet>() as u32;
+    let inner = view.at::<Ethernet>().ok_or(Reason::VxlanMalformed)?;
+    if room < HEADER {
+        return Err(Reason::VxlanMalformed.into());
+    }
     if parse::is_tag(field!(inner, Ethernet, ethertype).get()) {
         // The peer's vxlan device sends none: another network's frames.
         return Err(Reason::Vlan.into());
     }
     let (link, ip) = parse::ethernet::<P, E>(env, view)?;
+    if ip.len.wrapping_add(HEADER) > room {
+        return Err(Reason::IpMalformed.into());
+    }
     let dst = field!(link.first, Ethernet, dst).get();
     if dst.is_group() {
         return Err(Reason::Group.into());
@@ -201,7 +211,7 @@ fn is_from(vtep: At<'_, Vtep>, ip: &Ip<'_>) -> bool {
 
 /// Decapsulates for a pod of this node.
 #[inline(always)]
-fn deliver<'e, E: Env>(
+fn deliver<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     packet: &Located<'_>,
@@ -209,8 +219,12 @@ fn deliver<'e, E: Env>(
     vtep: u32,
 ) -> Step<Departure<'e>> {
     // What TC translates back at the pod's interface must pass there; redirected frames do not.
-    let redirect = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16
-        && !is_tc_reply(env, settings, packet);
+    let frames = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16;
+    if frames && !P::GENERAL && packet.ip.opaque == Some(Reason::IpOptions) {
+        // Whether it is such a reply is told by ports that this form does not reach.
+        return Err(Reason::IpOptions.into());
+    }
+    let redirect = frames && !is_tc_reply(env, settings, packet);
     let door = replay::open_pod(env, pod, redirect, packet, vtep);
     if let Some(reason) = door.closed {
         return Err(reason.into());

@@ -9,8 +9,8 @@ use crate::field;
 use crate::verdict::Step;
 use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, Extension,
-    FRAGMENT_MASK, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_HOP_BY_HOP, NEXT_HEADER_ROUTING,
-    Ports, Tcp, Udp, is_extension_header, is_followed,
+    FRAGMENT_MASK, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING, Ports, Tcp, Udp,
+    is_extension_header, is_followed,
 };
 use core::mem::offset_of;
 use sluice_abi::{Addr, Be16, Be32, Family, IPPROTO_TCP, IPPROTO_UDP, Lane, Reason};
@@ -172,8 +172,6 @@ pub struct Transport<'a> {
     pub dst: Be16,
     /// Where the checksum is.
     pub checksum: At<'a, Be16>,
-    /// Header and payload in bytes: as the UDP header says, for TCP what the IP header leaves.
-    pub len: u32,
     /// TCP control bits; 0 for UDP.
     pub flags: u8,
     /// TCP sequence number; 0 for UDP.
@@ -185,7 +183,7 @@ pub struct Transport<'a> {
 /// The Ethernet header at the start of `view`, and the IP packet behind it.
 ///
 /// # Errors
-/// `NotIp`, `Vlan`, `TooManyTags`, `ExtensionChain`, `Jumbogram`, `NotLinear` (pass); `IpMalformed`, `RoutingHeader`, `Martian`
+/// `NotIp`, `Vlan`, `TooManyTags`, `ExtensionChain` (pass); `IpMalformed`, `RoutingHeader`, `Martian`
 /// (drop).
 #[inline(always)]
 pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>, Ip<'a>)> {
@@ -200,7 +198,7 @@ pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>,
                 // distance would have it. Through a place of its own: what the verifier learns of
                 // the frame's length here would make each number of tags a way of its own.
                 let behind = view.skip(env.forget(tags as u32) as usize & 0xf);
-                let at = behind.need::<Ethernet>(Reason::NotIp)?;
+                let at = behind.at::<Ethernet>().ok_or(Reason::NotIp)?;
                 ethertype = field!(at, Ethernet, ethertype).get();
             }
         }
@@ -230,27 +228,15 @@ pub fn is_tag(ethertype: Be16) -> bool {
     ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_QINQ
 }
 
-/// Bytes of an IP packet whose header says zero because it cannot say more than 65,535: a segment of
-/// "BIG TCP" that is still to be cut (kernel include/linux/ipv6.h, `skb_ip_totlen`, RFC 2675 section
-/// 3). Zero for a packet that is shorter: then its header is wrong.
-#[inline(always)]
-fn len_beyond_header(view: View<'_>) -> u32 {
-    let len = view.len();
-    if len > u16::MAX as usize { len as u32 } else { 0 }
-}
-
 #[inline(always)]
 fn ipv4<'a, F: Form>(view: View<'a>) -> Step<Ip<'a>> {
-    let at = view.need::<Ipv4>(Reason::IpMalformed)?;
+    let at = view.at::<Ipv4>().ok_or(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_ihl >> 4 != 4 {
         return Err(Reason::NotIp.into());
     }
     let header_len = (header.version_ihl as u32 & 0xf) * 4;
-    let len = match header.total_len.host() as u32 {
-        0 => len_beyond_header(view),
-        len => len,
-    };
+    let len = header.total_len.host() as u32;
     if header_len < 20 || len < header_len || len as usize > view.len() {
         return Err(Reason::IpMalformed.into());
     }
@@ -268,22 +254,12 @@ fn ipv4<'a, F: Form>(view: View<'a>) -> Step<Ip<'a>> {
 
 #[inline(always)]
 fn ipv6<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
-    let at = view.need::<Ipv6>(Reason::IpMalformed)?;
+    let at = view.at::<Ipv6>().ok_or(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_class_flow.host() >> 28 != 6 {
         return Err(Reason::NotIp.into());
     }
-    let len = match header.payload_len.host() as u32 {
-        0 => match len_beyond_header(view) {
-            // RFC 2675 section 2: a jumbogram, but it is none.
-            0 if header.next_header == NEXT_HEADER_HOP_BY_HOP => {
-                return Err(Reason::Jumbogram.into());
-            }
-            0 => 40,
-            len => len,
-        },
-        len => len + 40,
-    };
+    let len = header.payload_len.host() as u32 + 40;
     if len as usize > view.len() {
         return Err(Reason::IpMalformed.into());
     }
@@ -328,9 +304,8 @@ fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain>
         if !is_followed(proto) {
             break;
         }
-        let header = l3.skip((env.forget(header_len) & 0x1ff) as usize);
-        let header = header.need::<Extension>(Reason::IpMalformed);
-        let header = header?.get();
+        let header = l3.skip((env.forget(header_len) & 0x1ff) as usize).at::<Extension>();
+        let header = header.ok_or(Reason::IpMalformed)?.get();
         if proto == NEXT_HEADER_ROUTING && header.segments_left != 0 {
             return Err(if header.kind == 0 {
                 Reason::RoutingHeader
@@ -357,7 +332,7 @@ fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain>
 /// The transport header of `ip`, which begins at `l3`.
 ///
 /// # Errors
-/// `Fragment`, `IpOptions`, `OtherProtocol`, `NotLinear` (pass); `L4Malformed` (drop).
+/// `Fragment`, `IpOptions`, `OtherProtocol` (pass); `L4Malformed` (drop).
 #[inline(always)]
 pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     if let Some(reason) = ip.opaque {
@@ -374,7 +349,7 @@ pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
 
 #[inline(always)]
 fn tcp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
-    let at = view.need::<Tcp>(Reason::L4Malformed)?;
+    let at = view.at::<Tcp>().ok_or(Reason::L4Malformed)?;
     let header_len = (field!(at, Tcp, data_offset).get() >> 4) as u32 * 4;
     if header_len < 20 || header_len > payload_len {
         return Err(Reason::L4Malformed.into());
@@ -383,13 +358,12 @@ fn tcp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
     let Ports { src, dst } = ports.get();
     let flags = field!(at, Tcp, flags).get();
     let (seq, ack) = (field!(at, Tcp, seq).get(), field!(at, Tcp, ack).get());
-    let checksum = field!(at, Tcp, checksum);
-    Ok(Transport { ports, src, dst, checksum, len: payload_len, flags, seq, ack })
+    Ok(Transport { ports, src, dst, checksum: field!(at, Tcp, checksum), flags, seq, ack })
 }
 
 #[inline(always)]
 fn udp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
-    let at = view.need::<Udp>(Reason::L4Malformed)?;
+    let at = view.at::<Udp>().ok_or(Reason::L4Malformed)?;
     let len = field!(at, Udp, len).get().host() as u32;
     if len < 8 || len > payload_len {
         return Err(Reason::L4Malformed.into());
@@ -398,5 +372,5 @@ fn udp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
     let Ports { src, dst } = ports.get();
     let none = Be32::new(0);
     let checksum = field!(at, Udp, checksum);
-    Ok(Transport { ports, src, dst, checksum, len, flags: 0, seq: none, ack: none })
+    Ok(Transport { ports, src, dst, checksum, flags: 0, seq: none, ack: none })
 }

@@ -45,6 +45,52 @@ impl Located<'_> {
     }
 }
 
+/// The same packet, found again at places of which the verifier knows nothing but that they are inside
+/// the frame: whether it came out of a tunnel, over which family and with what in front is then one
+/// way through the rest of the program, and not ten.
+///
+/// # Errors
+/// `TableBroken` (pass), never.
+#[inline(always)]
+pub fn again<'f, E: Env>(
+    env: &E,
+    frame: View<'f>,
+    packet: &Located<'f>,
+    transport: &Transport<'f>,
+) -> Step<(Located<'f>, Transport<'f>)> {
+    let ip = &packet.ip;
+    let hide = |value: u32| env.forget(value);
+    let to_checksum = checksum_offset(ip.proto) as u32;
+    let base = frame.skip(hide(packet.cut + packet.tags) as usize & 0x7f);
+    let l3_view = base.skip(size_of::<Ethernet>());
+    let l4 = l3_view.skip(hide(ip.header_len) as usize & 0x1ff);
+    let checksum = l4.skip(hide(to_checksum) as usize & 0x1f);
+    let v4 = hide(ip.l3.is_v4() as u32) != 0;
+    let (Some(outer), Some(eth)) = (frame.at::<Ethernet>(), base.at::<Ethernet>()) else {
+        return Err(Reason::TableBroken.into());
+    };
+    let (Some(ports), Some(checksum)) = (l4.at::<Ports>(), checksum.at::<Be16>()) else {
+        return Err(Reason::TableBroken.into());
+    };
+    let l3 = if v4 {
+        L3::V4(l3_view.at::<Ipv4>().ok_or(Reason::TableBroken)?)
+    } else {
+        L3::V6(l3_view.at::<Ipv6>().ok_or(Reason::TableBroken)?)
+    };
+    let ip = Ip {
+        l3,
+        proto: hide(ip.proto as u32) as u8,
+        hop_limit: hide(ip.hop_limit as u32) as u8,
+        len: hide(ip.len) & 0x1_ffff,
+        header_len: hide(ip.header_len) & 0x1ff,
+        opaque: None,
+    };
+    let (cut, tags) = (hide(packet.cut) & 0x7f, hide(packet.tags) & 0xf);
+    let transport =
+        Transport { ports, checksum, flags: hide(transport.flags as u32) as u8, ..*transport };
+    Ok((Located { outer, eth, ip, l3: l3_view, cut, tags }, transport))
+}
+
 /// New addresses and ports of one direction: places in the flow's record, and the differences.
 #[derive(Clone, Copy)]
 pub struct Rewrite<'e> {
@@ -344,8 +390,11 @@ pub fn address(door: &Door<'_>, packet: &Located<'_>, summed: bool, port: Be16) 
 
 /// Sends a packet on its way: the head's one move, and the outer headers.
 ///
+/// The mark for TC comes first, because some drivers take none: what was not changed is then left to
+/// the kernel as it came.
+///
 /// # Errors
-/// `HeadRoom` (drop).
+/// `NoMetadata` (pass); `HeadRoom` (drop).
 #[inline(always)]
 pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict> {
     let stop = Stop { reason: Reason::HeadRoom, service: departure.owner.service };
@@ -355,6 +404,10 @@ pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Ste
     if P::GENERAL && door.is_tunnel_v6() {
         let len = size_of::<Ethernet>() as u32 + inside.ip_len;
         inside.sum = frame.sum(departure.cut, len);
+    }
+    if !door.takes_hop() && door.ifindex != 0 && !frame.hand_over_mark(door.ifindex) {
+        let untouched = departure.reason == Reason::DecapLocal;
+        return Err(if untouched { Reason::NoMetadata.into() } else { stop });
     }
     let outer = match departure.tags {
         Some(tags) => tags_len(tags) as i32,
@@ -373,13 +426,7 @@ pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Ste
     {
         return Err(stop);
     }
-    let action = if door.takes_hop() {
-        out_of(frame, door.ifindex)
-    } else if door.ifindex != 0 && !frame.hand_over_mark(door.ifindex) {
-        return Err(stop);
-    } else {
-        Action::Pass
-    };
+    let action = if door.takes_hop() { out_of(frame, door.ifindex) } else { Action::Pass };
     Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
 }
 
@@ -455,17 +502,15 @@ pub fn touch<E: Env>(
     let proto = field!(r, FlowRecord, proto).get();
     let state = field!(r, FlowRecord, state);
     let old = state.get();
-    let new = if proto == IPPROTO_TCP {
-        tcp::after(r, scratch, old, flags, reply)
-    } else if reply {
-        old | flow_state::REPLIED | flow_state::CONFIRMED
-    } else {
-        old
-    };
-    if new != old {
-        // Through memory, where the verifier does not follow: else each state would be one to it.
-        state.set_now(new);
-        let limit = flow::timeout(timeouts, proto, state.get_now());
-        field!(r, FlowRecord, timeout).set(limit);
+    if proto == IPPROTO_TCP {
+        if !tcp::is_quiet(r, scratch, old, flags, reply) {
+            env.follow(found.slot, found.tag, tcp::Segment::new(flags, reply));
+        }
+        return;
+    }
+    let new = old | flow_state::REPLIED | flow_state::CONFIRMED;
+    if reply && new != old {
+        state.set(new);
+        field!(r, FlowRecord, timeout).set(flow::timeout(timeouts, proto, new));
     }
 }

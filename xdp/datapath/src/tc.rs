@@ -261,6 +261,7 @@ fn pod_request<'e, E: Env>(
         in_cluster: true,
         snat: false,
         ifindex: 0,
+        uplink: 0,
         eth: packet.outer,
         frame,
         tags: 0,

@@ -11,6 +11,7 @@ use sluice_abi::{
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
+use sluice_datapath::tcp::{self, Segment};
 
 /// The kernel that runs the program.
 pub struct Kernel;
@@ -28,6 +29,14 @@ pub fn jiffies() -> u32 {
 #[inline(never)]
 pub extern "C" fn sl_decide(_reserved: u32) -> u64 {
     decide::answer(&Kernel).0
+}
+
+/// [`tcp::follow`] as a global function.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sl_segment(slot: u64, tag: u32, segment: u32) -> u64 {
+    tcp::follow(&Kernel, SnatSlot(slot), tag, Segment(segment));
+    0
 }
 
 /// A map value as a place.
@@ -93,6 +102,11 @@ impl Env for Kernel {
         trap::count(Trap::Decide);
         // Never inlined: the verifier takes a global function's result for unknown and goes on.
         Answer(sl_decide(0))
+    }
+    #[inline(always)]
+    fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment) {
+        trap::count(Trap::Segment);
+        sl_segment(slot.0, tag, segment.0);
     }
     #[inline(always)]
     fn flow_lock(&self, set: u32) -> Option<Self::Lock> {

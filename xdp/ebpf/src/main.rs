@@ -38,20 +38,20 @@ const BPF_F_INGRESS: u64 = 1;
 const TC_NEXT: i32 = -1;
 
 /// Ingress of an uplink.
-#[xdp(frags)]
+#[xdp]
 pub fn xdp_node(ctx: XdpContext) -> u32 {
-    node::<Plain, false>(ctx)
+    node::<Plain>(ctx)
 }
 
 /// Goes on where `xdp_node` stops at tags, options or extension headers.
-#[xdp(frags)]
+#[xdp]
 pub fn xdp_general(ctx: XdpContext) -> u32 {
-    node::<General, true>(ctx)
+    node::<General>(ctx)
 }
 
 #[inline(always)]
-fn node<P: Form, const WHOLE: bool>(ctx: XdpContext) -> u32 {
-    let mut frame = xdp::XdpFrame::<WHOLE>::new(ctx.ctx);
+fn node<P: Form>(ctx: XdpContext) -> u32 {
+    let mut frame = xdp::XdpFrame::new(ctx.ctx);
     match ingress::xdp::<P, _, _>(&Kernel, &mut frame).action {
         Action::Pass | Action::Receive(_) => XDP_PASS,
         Action::Drop => XDP_DROP,
@@ -139,7 +139,7 @@ fn redirect(ifindex: u32, flags: u64) -> i32 {
 
 /// Passes every packet. Attached to the pod's end of a veth pair it makes that end able to receive
 /// redirected frames.
-#[xdp(frags)]
+#[xdp]
 pub fn xdp_pass(_ctx: XdpContext) -> u32 {
     XDP_PASS
 }

@@ -12,6 +12,8 @@ pub const ACK: u8 = 0x10;
 
 const ETH_LEN: usize = 14;
 const TCP_LEN: usize = 20;
+/// TCP acknowledgement number of every segment.
+pub const ACK_NUMBER: u32 = 1;
 /// Payload of [`FRAME_LEN`] bytes that nothing reads.
 const SPARE_AT: usize = 120;
 
@@ -92,7 +94,7 @@ impl Packet {
         write_ip(&mut f[ETH_LEN..], segment.src, segment.dst, IPPROTO_TCP);
         put(f, l4, &segment.src_port.to_be_bytes());
         put(f, l4 + 2, &segment.dst_port.to_be_bytes());
-        put(f, l4 + 8, &1u32.to_be_bytes());
+        put(f, l4 + 8, &ACK_NUMBER.to_be_bytes());
         put(f, l4 + 12, &[0x50, segment.flags, 0xff, 0xff]);
         packet.be_flow_0();
         let f = &mut packet.frame;

@@ -8,13 +8,13 @@ use aya::programs::{ProgramError, ProgramFd, ProgramInfo, TestRun, TestRunOption
 use aya::{Ebpf, EbpfLoader};
 use sluice_abi::{
     Addr, BENCH_RUN, BENCH_TARGETS, BenchRun, BenchTarget, FlowSet, Hook, REASONS, ReasonCounter,
-    ServiceCounter, Settings, flow_tag, maps,
+    ServiceCounter, Settings, flow_state, flow_tag, maps,
 };
 use sluice_control::NodeContext;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::BenchError;
-use super::packet::{Packet, SYN};
+use super::packet::{ACK_NUMBER, Packet, SYN};
 use super::scenario::{Kind, Scenario};
 use super::tables::{self, Tables};
 use crate::attach::fill_lanes;
@@ -185,11 +185,37 @@ impl Rig {
             if self.counts(service)?.new_flows == before {
                 return Ok(());
             }
+            self.establish(scenario.client())?;
         }
         Err(BenchError::Astray(format!(
             "the connection table does not keep {} connections",
             scenario.flows
         )))
+    }
+
+    /// Lets the connections of `client`'s network be ones to which the backend has replied, and whose
+    /// client has acknowledged that: the packets that are measured go one way only. Those of the next
+    /// scenario may take their places.
+    fn establish(&mut self, client: Addr) -> Result<(), BenchError> {
+        let (object, kind, name) = ("BPF", "map", maps::FLOW);
+        let map = self.node.map_mut(name).ok_or(BenchError::Missing { object, kind, name })?;
+        let mut flows: Array<_, Plain<FlowSet>> = map.try_into().map_err(map_error(maps::FLOW))?;
+        for index in 0..flows.len() {
+            let mut set = flows.get(&index, 0).map_err(map_error(maps::FLOW))?.0;
+            let mut changed = false;
+            for (tag, record) in set.tags.iter().zip(&mut set.records) {
+                if flow_tag::is_used(*tag) && record.client.0[..14] == client.0[..14] {
+                    record.state |= flow_state::REPLIED | flow_state::CONFIRMED;
+                    (record.ack_forward, record.ack_reply) = (ACK_NUMBER, ACK_NUMBER);
+                    record.timeout = 0;
+                    changed = true;
+                }
+            }
+            if changed {
+                flows.set(index, Plain(set), 0).map_err(map_error(maps::FLOW))?;
+            }
+        }
+        Ok(())
     }
 
     /// Runs `repeat` packets of a scenario and checks that each of them went the scenario's way.

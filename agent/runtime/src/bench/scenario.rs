@@ -227,6 +227,14 @@ impl Scenario {
         }
     }
 
+    /// A client of the connections that must be known; the others differ in the last two bytes.
+    pub fn client(&self) -> Addr {
+        match self.kind {
+            Kind::DecapDnat => tables::peer_client(self.family, false),
+            _ => tables::client(self.family, false),
+        }
+    }
+
     /// The reply of `backend` to the connection whose source port became `port`.
     pub fn reply(&self, backend: Addr, port: u16) -> Packet {
         let inner = Segment {

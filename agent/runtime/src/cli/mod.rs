@@ -16,7 +16,10 @@ use crate::agent::{self, AgentError};
 use crate::attach::{self, AttachError};
 use crate::bench::{self, BenchArgs, BenchError};
 use crate::config::{Config, ConfigError, DEFAULT_TOML};
+use crate::facts::Tags;
+use crate::facts::kernel::Kernel;
 use crate::maps::{MapsError, Pins};
+use crate::netlink::{Netlink, NetlinkError};
 use crate::run_dir::{RunDir, RunDirError};
 use crate::settings::{self, SettingsError};
 
@@ -183,6 +186,9 @@ pub enum CliError {
     /// Pins.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// Netlink.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
     /// The lab.
     #[error(transparent)]
     Lab(#[from] LabError),
@@ -307,6 +313,7 @@ fn cleanup(instance: &Instance, yes: bool) -> Result<(), CliError> {
         }
     }
     let mut removed = attach::remove_pins(place.pins.dir())?;
+    switch_on_again(&place.run_dir)?;
     if std::fs::remove_dir(place.pins.dir()).is_err() {
         attach::unmount_bpffs(place.pins.dir());
         // Still there when it is somebody's mount point or not empty: then it is not ours.
@@ -316,6 +323,24 @@ fn cleanup(instance: &Instance, yes: bool) -> Result<(), CliError> {
     drop(lock);
     for path in &removed {
         out(&format!("removed {}\n", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Switches on what this instance switched off at devices.
+fn switch_on_again(run_dir: &RunDir) -> Result<(), CliError> {
+    let switched = run_dir.switched()?;
+    if switched.is_empty() {
+        return Ok(());
+    }
+    let mut netlink = Netlink::open()?;
+    let kernel = Kernel::read(&mut netlink)?;
+    for hidden in switched {
+        let device = format!("{} of {}", hidden.features.join(", "), hidden.device);
+        match Tags::default().switch(&mut netlink, &kernel, &hidden, true) {
+            Ok(()) => out(&format!("switched on {device}\n"))?,
+            Err(e) => out(&format!("not switched on: {device}: {e}\n"))?,
+        }
     }
     Ok(())
 }

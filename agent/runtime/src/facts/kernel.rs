@@ -17,7 +17,6 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use sluice_abi::Mac;
 
-use super::xdp_features::{self, XdpFeatures};
 use crate::netlink::{Netlink, NetlinkError};
 
 /// A vxlan device's own settings.
@@ -58,12 +57,12 @@ pub struct Link {
     pub peer: Option<u32>,
     /// Namespace of the other end, as this namespace numbers it.
     pub peer_netns: Option<i32>,
+    /// Device of this namespace on which it stands: a VLAN's or a macvlan's.
+    pub below: Option<u32>,
     /// Bridge or bond that it belongs to.
     pub controller: Option<u32>,
     /// XDP programs: id and mode word.
     pub xdp: Vec<(u32, &'static str)>,
-    /// What the device says about XDP; nothing on kernels before 6.3.
-    pub xdp_features: Option<XdpFeatures>,
 }
 
 /// A route.
@@ -118,16 +117,6 @@ impl Kernel {
                 let link = link(message);
                 kernel.links.insert(link.ifindex, link);
             }
-        }
-        match xdp_features::read() {
-            Ok(features) => {
-                for (ifindex, features) in features {
-                    if let Some(link) = kernel.links.get_mut(&ifindex) {
-                        link.xdp_features = Some(features);
-                    }
-                }
-            }
-            Err(e) => tracing::debug!("XDP features of devices: {e}"),
         }
         let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         for answer in netlink.dump("addresses", question)? {
@@ -291,6 +280,11 @@ pub(crate) fn link(message: LinkMessage) -> Link {
     if link.kind == "veth" || link.kind == "netkit" {
         link.peer = lower;
     }
+    if matches!(link.kind.as_str(), "vlan" | "macvlan" | "macvtap" | "ipvlan")
+        && link.peer_netns.is_none()
+    {
+        link.below = lower;
+    }
     link
 }
 
@@ -438,4 +432,29 @@ fn entry(message: &NeighbourMessage, stale: bool) -> Option<Neighbour> {
         mac: lladdr.filter(|m| !m.is_zero() && !m.is_group())?,
         stale,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vlans_and_macvlans_of_this_namespace_stand_on_their_device() {
+        let of = |kind: InfoKind, elsewhere: bool| {
+            let mut message = LinkMessage::default();
+            message.attributes.push(LinkAttribute::Link(7));
+            message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]));
+            if elsewhere {
+                message.attributes.push(LinkAttribute::LinkNetNsId(1));
+            }
+            let link = link(message);
+            (link.below, link.peer)
+        };
+        for kind in [InfoKind::Vlan, InfoKind::MacVlan, InfoKind::MacVtap, InfoKind::IpVlan] {
+            assert_eq!(of(kind.clone(), false), (Some(7), None), "{kind}");
+            assert_eq!(of(kind, true), (None, None));
+        }
+        assert_eq!(of(InfoKind::Vxlan, false), (None, None));
+        assert_eq!(of(InfoKind::Veth, false), (None, Some(7)));
+    }
 }

@@ -8,11 +8,11 @@
 //!  netfilter rules ──────────────────────────────────────────────────────────┘
 //! ```
 
-pub mod ethtool;
+mod ethtool;
 pub mod kernel;
 mod netfilter;
 mod pod_end;
-pub mod xdp_features;
+mod tags;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -31,6 +31,7 @@ use kernel::{Kernel, Link};
 
 pub use netfilter::rules as netfilter_rules;
 pub use pod_end::{PodEnd, PodEnds};
+pub use tags::{Hidden, Tags};
 
 /// A stale neighbour is checked this often: frames that we send do not refresh the kernel's entry.
 const CHECK_STALE: Duration = Duration::from_secs(20);
@@ -60,6 +61,7 @@ pub struct Facts {
 pub struct Collector {
     netlink: Netlink,
     ends: PodEnds,
+    tags: Tags,
     asked: HashMap<(u32, IpAddr), Instant>,
 }
 
@@ -69,7 +71,12 @@ impl Collector {
     /// # Errors
     /// When the kernel gives no netlink socket.
     pub fn new() -> Result<Self, NetlinkError> {
-        Ok(Self { netlink: Netlink::open()?, ends: PodEnds::default(), asked: HashMap::new() })
+        Ok(Self {
+            netlink: Netlink::open()?,
+            ends: PodEnds::default(),
+            tags: Tags::default(),
+            asked: HashMap::new(),
+        })
     }
 
     /// Reads everything except next hops.
@@ -169,6 +176,20 @@ impl Collector {
         found
     }
 
+    /// What hides VLAN tags from XDP at the uplinks.
+    pub fn hidden_tags(&mut self, facts: &Facts) -> Vec<Hidden> {
+        let look = |uplink| self.tags.hidden(&mut self.netlink, &facts.kernel, uplink);
+        facts.uplinks.iter().flat_map(look).collect()
+    }
+
+    /// Switches a feature that hides tags off.
+    ///
+    /// # Errors
+    /// Why it could not be switched.
+    pub fn unhide(&mut self, facts: &Facts, hidden: &Hidden) -> Result<(), String> {
+        self.tags.switch(&mut self.netlink, &facts.kernel, hidden, false)
+    }
+
     fn ask(&mut self, key: (u32, IpAddr), every: Duration) {
         let now = Instant::now();
         if self.asked.get(&key).is_some_and(|last| now.duration_since(*last) < every) {
@@ -245,6 +266,36 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
     facts.pod_devices =
         devices.into_iter().filter_map(|index| kernel.links.get(&index).cloned()).collect();
     facts
+}
+
+/// Destination MACs of frames for this node, by uplink: the uplink's own, and those of the devices of
+/// this namespace that stand on it (bridge, bond, VLAN, macvlan). A pod's macvlan is in another one
+/// and not this node's.
+pub fn own_macs(kernel: &Kernel, uplinks: &[Link]) -> Vec<(u32, Mac)> {
+    let mut macs = Vec::new();
+    for uplink in uplinks {
+        let mut devices = BTreeSet::from([uplink.ifindex]);
+        loop {
+            let above = |l: &Link| l.below.is_some_and(|b| devices.contains(&b));
+            let mut more: BTreeSet<u32> =
+                kernel.links.values().filter(|l| above(l)).map(|l| l.ifindex).collect();
+            more.extend(
+                devices.iter().filter_map(|d| kernel.links.get(d)).filter_map(|l| l.controller),
+            );
+            let known = devices.len();
+            devices.extend(more);
+            if devices.len() == known {
+                break;
+            }
+        }
+        let of_uplink: BTreeSet<Mac> =
+            devices.iter().filter_map(|d| kernel.links.get(d)).map(|l| l.mac).collect();
+        // A device without a link-layer address has none in its frames either.
+        let any = of_uplink.contains(&Mac::default());
+        let of_uplink = if any { BTreeSet::from([Mac::default()]) } else { of_uplink };
+        macs.extend(of_uplink.into_iter().map(|mac| (uplink.ifindex, mac)));
+    }
+    macs
 }
 
 fn any(patterns: &[Pattern], name: &str) -> bool {

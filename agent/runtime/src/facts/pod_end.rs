@@ -17,7 +17,7 @@ use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use nix::sched::{CloneFlags, setns};
 use sluice_abi::Mac;
 
-use super::ethtool::gro;
+use super::ethtool;
 use super::kernel::{Link, link};
 use crate::netlink::Netlink;
 
@@ -118,7 +118,7 @@ impl PodEnds {
 }
 
 /// Files of the namespaces that this one numbers `wanted`.
-fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, File> {
+pub(super) fn namespaces(netlink: &mut Netlink, wanted: &BTreeSet<i32>) -> BTreeMap<i32, File> {
     let mut found = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for path in candidates() {
@@ -164,29 +164,41 @@ fn candidates() -> impl Iterator<Item = PathBuf> {
     named.chain(processes)
 }
 
-/// Goes into the namespace with a thread of its own and looks at interfaces `wanted` there.
+/// Runs `work` in the namespace, on a thread of its own.
+pub(super) fn within<T: Send>(
+    namespace: &File,
+    work: impl FnOnce(&mut Netlink) -> T + Send,
+) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("other-end".to_owned())
+            .spawn_scoped(scope, || {
+                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .map_err(|e| format!("enter the network namespace: {e}"))?;
+                Ok(work(&mut Netlink::open().map_err(|e| e.to_string())?))
+            })
+            .map_err(|e| format!("start a thread: {e}"))?;
+        thread.join().unwrap_or_else(|_| Err("the thread in the namespace failed".to_owned()))
+    })
+}
+
+/// Looks at interfaces `wanted` in the namespace.
 fn look(namespace: &File, wanted: BTreeSet<u32>) -> Result<BTreeMap<u32, PodEnd>, String> {
-    let namespace = namespace.try_clone().map_err(|e| format!("the pod's namespace: {e}"))?;
-    let thread = std::thread::Builder::new()
-        .name("pod-end".to_owned())
-        .spawn(move || {
-            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
-                .map_err(|e| format!("enter the pod's network namespace: {e}"))?;
-            let mut netlink = Netlink::open().map_err(|e| e.to_string())?;
-            let mut ends = BTreeMap::new();
-            for ifindex in wanted {
-                let mut message = LinkMessage::default();
-                message.header.index = ifindex;
-                message.attributes.push(LinkAttribute::ExtMask(Vec::new()));
-                let answer = netlink.get("link", RouteNetlinkMessage::GetLink(message));
-                if let Ok(Some(RouteNetlinkMessage::NewLink(message))) = answer {
-                    ends.insert(ifindex, judge(&link(message)));
-                }
-            }
-            Ok(ends)
-        })
-        .map_err(|e| format!("start a thread: {e}"))?;
-    thread.join().unwrap_or_else(|_| Err("the thread in the pod's namespace failed".to_owned()))
+    within(namespace, |netlink| {
+        let seen = |ifindex| Some((ifindex, judge(&interface(netlink, ifindex)?)));
+        wanted.into_iter().filter_map(seen).collect()
+    })
+}
+
+/// The interface with an index.
+pub(super) fn interface(netlink: &mut Netlink, ifindex: u32) -> Option<Link> {
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    message.attributes.push(LinkAttribute::ExtMask(Vec::new()));
+    match netlink.get("link", RouteNetlinkMessage::GetLink(message)) {
+        Ok(Some(RouteNetlinkMessage::NewLink(message))) => Some(link(message)),
+        _ => None,
+    }
 }
 
 fn judge(end: &Link) -> PodEnd {
@@ -194,7 +206,7 @@ fn judge(end: &Link) -> PodEnd {
     if end.xdp.iter().any(|(_, mode)| *mode == "native") {
         return PodEnd::Receives { mac, mtu };
     }
-    match gro(&end.name) {
+    match ethtool::gro(&end.name) {
         Ok(true) => PodEnd::Receives { mac, mtu },
         Ok(false) => PodEnd::Deaf {
             mac,

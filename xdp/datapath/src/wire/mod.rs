@@ -10,8 +10,7 @@ mod vxlan;
 pub use ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet};
 pub use ipv4::{FRAGMENT_MASK, Ipv4};
 pub use ipv6::{
-    Extension, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_HOP_BY_HOP, NEXT_HEADER_ROUTING,
-    is_extension_header, is_followed,
+    Extension, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING, is_extension_header, is_followed,
 };
 pub use transport::{Ports, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp, Udp};
 pub use vxlan::{FLAG_VNI, VNI_MASK, Vxlan};

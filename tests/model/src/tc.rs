@@ -1,0 +1,147 @@
+//! TC: requests of this node's pods, and replies of its backends.
+
+use sluice_abi::Reason;
+
+use crate::decide::{Origin, begins_anew, decide, renew};
+use crate::packet::{Packet, Transport};
+use crate::road::{
+    Action, Case, Direction, Lawful, Outcome, Stop, translate_reply, translate_request,
+};
+use crate::state::{Connection, Exit, State, Tuple};
+use crate::xdp::flow;
+
+/// The parts of a frame that TC looks at.
+fn open(case: &Case<'_>) -> Result<(Packet, Transport), Reason> {
+    if case.tables.bypass() {
+        return Err(Reason::Bypass);
+    }
+    let packet = Packet::parse(case.frame)?;
+    if let (true, Some(reason)) = (case.hasty, packet.obstacle) {
+        return Err(reason);
+    }
+    if packet.eth.dst.is_group() {
+        return Err(Reason::Group);
+    }
+    let transport = packet.transport()?;
+    Ok((packet, transport))
+}
+
+/// What is lawful for a frame that the stack sends: a reply to a client gets the VIP as its source.
+pub fn egress(case: &Case<'_>) -> Vec<Lawful> {
+    let (mut packet, transport) = match open(case) {
+        Ok(opened) => opened,
+        Err(reason) => return case.stop(reason),
+    };
+    let Some(key) = case.state.kept_reply(&Tuple::of(&packet, &transport)) else {
+        return case.stop(Reason::NoService);
+    };
+    let mut state = case.state.clone();
+    let connection = state.connections.get_mut(&key).expect("the connection is there");
+    translate_reply(&mut packet, connection);
+    connection.progress.advance(Direction::Reply, &transport);
+    let outcome = sent(Action::Pass, Reason::ReplyLocal, &packet, connection, Direction::Reply);
+    vec![(outcome, state)]
+}
+
+fn sent(
+    action: Action,
+    reason: Reason,
+    packet: &Packet,
+    connection: &Connection,
+    direction: Direction,
+) -> Outcome {
+    let account = flow(connection, direction, false);
+    Outcome { action, reason, frame: Some(packet.bytes()), mark: None, account }
+}
+
+/// What is lawful for a frame that comes out of a pod's host side.
+pub fn ingress(case: &Case<'_>) -> Vec<Lawful> {
+    let (packet, transport) = match open(case) {
+        Ok(opened) => opened,
+        Err(reason) => return case.stop(reason),
+    };
+    match case.tables.pods.get(&packet.src()) {
+        Some(pod) if pod.ifindex == case.ifindex => {}
+        _ => return case.stop(Reason::NoService),
+    }
+    match past_the_stack(case, &packet, &transport) {
+        Some(lawful) => vec![lawful],
+        None => request(case, &packet, &transport),
+    }
+}
+
+/// The reply to a request that was put into this pod's veth skips the stack as its request did, so
+/// that conntrack sees both or neither.
+fn past_the_stack(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Option<Lawful> {
+    let key = case.state.kept_reply(&Tuple::of(packet, transport))?;
+    let mut state = case.state.clone();
+    let connection = state.connections.get_mut(&key)?;
+    let skipped = matches!(connection.forward, Exit::Frame { .. });
+    // The stack knows the VLANs.
+    let tagged = !packet.eth.tags.is_empty() || !connection.reply_tags.is_empty();
+    // Nobody but the kernel says that the hops are used up.
+    if !skipped || tagged || packet.hop_limit() <= 1 {
+        return None;
+    }
+    let (ifindex, dst, src) = match connection.reply {
+        Exit::Frame { ifindex, dst, src } => (ifindex, dst, src),
+        // The kernel's vxlan device encapsulates.
+        Exit::Tunnel(index) => {
+            let vtep = case.tables.vteps.get(&index)?;
+            (case.tables.device_of(index)?, vtep.remote_mac, vtep.local_mac)
+        }
+        _ => return None,
+    };
+    let mut packet = packet.clone();
+    packet.take_hop();
+    translate_reply(&mut packet, connection);
+    (packet.eth.dst, packet.eth.src) = (dst, src);
+    connection.progress.advance(Direction::Reply, transport);
+    let action = Action::Redirect(ifindex);
+    let outcome = sent(action, Reason::ReplyLocal, &packet, connection, Direction::Reply);
+    Some((outcome, state))
+}
+
+/// A pod's request: translated here, routed by the kernel.
+fn request(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Vec<Lawful> {
+    let tuple = Tuple::of(packet, transport);
+    let tags = Vec::new();
+    let origin = Origin { tunnel: 0, reply: Exit::Stack, tags, own_pod: true, for_mac: None };
+    let mut state = case.state.clone();
+    if let Some(connection) = state.connections.get_mut(&tuple) {
+        // One that was begun on the wire in the pod's name, before the pod was known, is not its.
+        let ours = connection.reply == Exit::Stack && !connection.rewritten;
+        if ours && !begins_anew(case, connection, transport.flags) {
+            if connection.epoch != case.tables.settings.epoch {
+                renew(case, connection, &origin);
+            }
+            return vec![forward(packet, transport, state, tuple, false)];
+        }
+        state.connections.remove(&tuple);
+    }
+    let decisions = decide(case, &state, tuple, transport, &origin);
+    let send = |(state, answer): (State, Result<(), Stop>)| match answer {
+        Ok(()) => vec![forward(packet, transport, state, tuple, true)],
+        Err(stop) => case.stop_in(stop, state),
+    };
+    decisions.into_iter().flat_map(send).collect()
+}
+
+fn forward(
+    packet: &Packet,
+    transport: &Transport,
+    mut state: State,
+    key: Tuple,
+    new: bool,
+) -> Lawful {
+    let connection = state.connections.get_mut(&key).expect("the connection is there");
+    let port = connection.source_port.expect("a source that is kept is known");
+    let mut packet = packet.clone();
+    translate_request(&mut packet, connection, port);
+    connection.progress.advance(Direction::Forward, transport);
+    let remote = connection.forward.is_remote();
+    let reason = if remote { Reason::DnatRemote } else { Reason::DnatLocal };
+    let account = flow(connection, Direction::Forward, new);
+    let frame = Some(packet.bytes());
+    (Outcome { action: Action::Pass, reason, frame, mark: None, account }, state)
+}

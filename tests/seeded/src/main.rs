@@ -1,0 +1,30 @@
+//! Draws cases until the model disagrees: exit status 1 and what it says, or 0 if it never does. The
+//! argument is the number of cases.
+
+#[path = "../../src/host.rs"]
+pub mod host;
+#[path = "../../src/packet.rs"]
+pub mod packet;
+#[path = "../../src/sequence/mod.rs"]
+pub mod sequence;
+#[path = "../../src/world.rs"]
+pub mod world;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cases = std::env::args().nth(1).and_then(|text| text.parse().ok());
+    let cases = cases.expect("a number of cases");
+    match sequence::hunt(cases, 1, &mut ()) {
+        Ok(hunt) => {
+            println!("{} cases, {} packets, all lawful", hunt.cases, hunt.packets);
+            ExitCode::SUCCESS
+        }
+        Err(prey) => {
+            let packets = prey.report.packets();
+            let failure = prey.report.failure.expect("it failed");
+            println!("found with {packets} packets:\n{}", failure.0);
+            ExitCode::FAILURE
+        }
+    }
+}
