@@ -15,6 +15,7 @@ use crate::world::{Be, Svc, World, dev, ip, mac, size};
 
 mod broken;
 mod general;
+mod icmp;
 mod passed;
 mod stopped;
 mod tc;
@@ -253,6 +254,7 @@ pub fn all() -> Vec<Fixture> {
     tunnelled::add(&mut table);
     tc::add(&mut table);
     general::add(&mut table);
+    icmp::add(&mut table);
     passed::add(&mut table);
     stopped::add(&mut table);
     broken::add(&mut table);

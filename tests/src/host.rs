@@ -17,7 +17,7 @@ use sluice_datapath::env::Env;
 use sluice_datapath::parse::{General, Plain};
 use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
-use sluice_datapath::{ingress, tc};
+use sluice_datapath::{icmp, ingress, tc};
 
 use crate::world::{World, size};
 
@@ -152,6 +152,9 @@ impl Host {
                 (Lane::General, Hook::Xdp) => ingress::xdp::<General, _, _>(self, &mut frame),
                 (Lane::General, Hook::TcIngress) => tc::ingress::<General, _, _>(self, &mut frame),
                 (Lane::General, Hook::TcEgress) => tc::egress::<General, _, _>(self, &mut frame),
+                (Lane::Icmp, Hook::Xdp) => icmp::xdp(self, &mut frame),
+                (Lane::Icmp, Hook::TcIngress) => icmp::tc_ingress(self, &mut frame),
+                (Lane::Icmp, Hook::TcEgress) => icmp::tc_egress(self, &mut frame),
             };
         }
         assert!(!self.locked.get(), "a lock was kept");

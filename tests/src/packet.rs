@@ -5,7 +5,7 @@
 
 use pnet::packet::ip::IpNextHeaderProtocol;
 use pnet::packet::util;
-use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Mac};
+use sluice_abi::{Addr, Family, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Mac};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::world::mac;
@@ -35,7 +35,7 @@ pub struct Packet {
     pub src: Addr,
     /// IP destination.
     pub dst: Addr,
-    /// TCP or UDP; anything else has a payload only.
+    /// TCP or UDP; anything else has a payload only, of which ICMP's checksum is made here.
     pub proto: u8,
     /// Source port.
     pub src_port: u16,
@@ -211,6 +211,16 @@ impl Packet {
                     segment[6..8].copy_from_slice(&sum.to_be_bytes());
                 }
             }
+            IPPROTO_ICMP | IPPROTO_ICMPV6 => {
+                segment.extend(&self.payload);
+                if segment.len() >= 4 {
+                    let sum = match self.proto {
+                        IPPROTO_ICMP => util::checksum(&segment, 1),
+                        _ => self.checksum(&segment, 1),
+                    };
+                    segment[2..4].copy_from_slice(&sum.to_be_bytes());
+                }
+            }
             _ => segment.extend(&self.payload),
         }
         segment
@@ -310,6 +320,17 @@ pub fn vxlan(vni: u32, inner: &[u8]) -> Vec<u8> {
     payload.extend((vni << 8).to_be_bytes());
     payload.extend(inner);
     payload
+}
+
+/// An ICMP or ICMPv6 packet from the gateway to the uplink: type and code, the four bytes behind the
+/// checksum, and the rest.
+pub fn icmp(src: Addr, dst: Addr, kind: (u8, u8), rest: u32, body: &[u8]) -> Packet {
+    let proto = match dst.family() {
+        Family::V4 => IPPROTO_ICMP,
+        Family::V6 => IPPROTO_ICMPV6,
+    };
+    let message = [&[kind.0, kind.1, 0, 0][..], &rest.to_be_bytes(), body].concat();
+    Packet::new(proto, (src, 0), (dst, 0)).payload(message)
 }
 
 /// Bytes of the headers of `family` up to the transport header.

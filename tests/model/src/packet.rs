@@ -1,6 +1,8 @@
 //! Frames taken apart into layers, and put together again byte for byte.
 
-use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Mac, Reason};
+use sluice_abi::{
+    Addr, Family, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Mac, Reason,
+};
 
 use crate::checksum::{checksum, update};
 
@@ -299,8 +301,8 @@ impl Packet {
     /// The transport header.
     ///
     /// # Errors
-    /// `ExtensionChain`, `Fragment`, `OtherProtocol`: not ours to understand. `RoutingHeader`,
-    /// `IpMalformed`, `L4Malformed`: not a packet that any router may send on.
+    /// `ExtensionChain`, `Fragment`, `Icmp`, `OtherProtocol`: not ours to understand. `RoutingHeader`,
+    /// `IpMalformed`, `IcmpMalformed`, `L4Malformed`: not a packet that any router may send on.
     pub fn transport(&self) -> Result<Transport, Reason> {
         if let Some(reason) = self.obstacle {
             return Err(reason);
@@ -316,6 +318,11 @@ impl Packet {
             // RFC 768: the length counts header and data.
             IPPROTO_UDP if p.len() >= 8 => (8..=p.len()).contains(&be16(p, 4).into()),
             IPPROTO_TCP | IPPROTO_UDP => false,
+            // What ICMP says about connections and to Services, fixtures say.
+            proto if proto == icmp_of(self.src().family()) && p.len() < 8 => {
+                return Err(Reason::IcmpMalformed);
+            }
+            proto if proto == icmp_of(self.src().family()) => return Err(Reason::Icmp),
             _ => return Err(Reason::OtherProtocol),
         };
         if !sound {
@@ -578,4 +585,12 @@ fn be16(bytes: &[u8], at: usize) -> u16 {
 
 fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from(be16(bytes, at)) << 16 | u32::from(be16(bytes, at + 2))
+}
+
+/// The protocol number of a family's ICMP (RFC 792, RFC 4443 section 1).
+const fn icmp_of(family: Family) -> u8 {
+    match family {
+        Family::V4 => IPPROTO_ICMP,
+        Family::V6 => IPPROTO_ICMPV6,
+    }
 }

@@ -106,8 +106,9 @@ fn deliver(case: &Case<'_>, arrival: &Arrival) -> Vec<Lawful> {
     // The reply to a pod's own request is translated where it leaves for the pod (TC egress),
     // which a frame that is put into the pod's veth never passes.
     let tuple = packet.transport().ok().map(|t| Tuple::of(&packet, &t));
-    let is_reply = tuple.is_some_and(|tuple| case.state.kept_reply(&tuple).is_some());
-    let departure = if pod.delivery != Delivery::Redirect as u16 || is_reply {
+    // Nor do both directions of what is neither TCP nor UDP, of which the stack then knows one only.
+    let stays = tuple.is_none_or(|tuple| case.state.kept_reply(&tuple).is_some());
+    let departure = if pod.delivery != Delivery::Redirect as u16 || stays {
         to_stack(case, arrival, packet)
     } else if packet.hop_limit() <= 1 {
         return case.stop(Reason::HopLimit);

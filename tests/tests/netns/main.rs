@@ -7,6 +7,7 @@
 mod bed;
 mod changes;
 mod demo;
+mod icmp;
 mod neighbours;
 mod objects;
 mod path_mtu;

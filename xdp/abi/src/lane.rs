@@ -9,6 +9,8 @@ pub enum Lane {
     /// VLAN tags, IPv4 options, IPv6 extension headers: the same way as in the fast programs, with
     /// headers whose lengths vary.
     General = 0,
+    /// ICMP: errors about connections, echo requests to a Service's address.
+    Icmp = 1,
 }
 
 /// Slots per hook of the TC hooks' array; room for growth.
@@ -22,6 +24,9 @@ pub const LANES: &[(Hook, Lane, &str)] = &[
     (Hook::Xdp, Lane::General, "xdp_general"),
     (Hook::TcIngress, Lane::General, "tc_in_general"),
     (Hook::TcEgress, Lane::General, "tc_out_general"),
+    (Hook::Xdp, Lane::Icmp, "xdp_icmp"),
+    (Hook::TcIngress, Lane::Icmp, "tc_in_icmp"),
+    (Hook::TcEgress, Lane::Icmp, "tc_out_icmp"),
 ];
 
 impl Lane {

@@ -46,7 +46,11 @@ pub use tables::{
 };
 pub use trap::{TRAP, Trap};
 
+/// IP protocol number of ICMP (IANA).
+pub const IPPROTO_ICMP: u8 = 1;
 /// IP protocol number of TCP (IANA protocol numbers).
 pub const IPPROTO_TCP: u8 = 6;
 /// IP protocol number of UDP (IANA protocol numbers).
 pub const IPPROTO_UDP: u8 = 17;
+/// IP protocol number of ICMPv6 (IANA).
+pub const IPPROTO_ICMPV6: u8 = 58;

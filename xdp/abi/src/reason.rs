@@ -82,7 +82,7 @@ reasons! {
     10 Pass Group "group_address" "broadcast or multicast";
     11 Pass IpOptions "ip_options" "IPv4 options or IPv6 extension headers";
     12 Pass Fragment "fragment" "IP fragment";
-    13 Pass OtherProtocol "other_protocol" "neither TCP nor UDP";
+    13 Pass OtherProtocol "other_protocol" "neither TCP nor UDP nor ICMP";
     14 Pass NoService "no_service" "addressed to nothing that Sluice serves";
     15 Pass HopLimit "hop_limit" "hop limit would reach zero: the kernel answers";
     16 Pass FailSafe "fail_safe" "a fail-safe port of this node";
@@ -115,6 +115,11 @@ reasons! {
     43 Drop NoLane "no_lane" "needs the general program, and there is none behind the fast one: a bug, please report";
     44 Pass NoMetadata "no_metadata" "the driver takes no metadata: left to the kernel, which decapsulates";
     45 Pass OtherHost "other_host" "would begin a connection, but the frame is for another machine";
+    46 Pass Icmp "icmp" "ICMP that concerns no connection and no address of a Service";
+    47 Forward IcmpError "icmp_error" "ICMP error about a connection, translated with the packet that it quotes";
+    48 Forward EchoReply "echo_reply" "echo request to a Service's address, answered";
+    49 Drop IcmpMalformed "icmp_malformed" "ICMP header or the packet that it quotes cut short";
+    50 Drop IcmpDenied "icmp_denied" "ICMP redirect about a connection, or error about an error";
 }
 
 impl Reason {

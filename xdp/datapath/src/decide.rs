@@ -47,7 +47,7 @@ pub struct Origin<'f> {
 impl Origin<'_> {
     /// Where replies leave: the way the request came.
     #[inline(always)]
-    fn reply(&self, draft: At<'_, FlowRecord>) {
+    pub(crate) fn reply(&self, draft: At<'_, FlowRecord>) {
         let exit = field!(draft, FlowRecord, reply);
         let kind = if self.tunnel != 0 {
             ExitKind::Tunnel
@@ -110,6 +110,17 @@ pub fn stash(scratch: At<'_, Scratch>, ip: &Ip<'_>, transport: &Transport<'_>) {
     put!(draft, proto, ip.proto);
     field!(scratch, Scratch, seq).set(transport.seq);
     field!(scratch, Scratch, ack).set(transport.ack);
+}
+
+/// Puts a five-tuple that is not the packet's own there.
+#[inline(always)]
+pub fn stash_tuple(scratch: At<'_, Scratch>, tuple: &Tuple) {
+    let draft = field!(scratch, Scratch, draft);
+    put!(draft, client, tuple.src);
+    put!(draft, vip, tuple.dst);
+    put!(draft, client_port, tuple.src_port);
+    put!(draft, vip_port, tuple.dst_port);
+    put!(draft, proto, tuple.proto);
 }
 
 /// The stashed five-tuple.
@@ -468,7 +479,7 @@ fn is_fail_safe(settings: At<'_, Settings>, key: &FrontendKey) -> bool {
 /// Whether a frame with this destination is for this node. A switch that has forgotten where a MAC
 /// is sends its frames to everybody; the kernel drops them, and they must begin no connection here.
 #[inline(always)]
-fn is_for_us(settings: At<'_, Settings>, uplink: u32, dst: Mac) -> bool {
+pub(crate) fn is_for_us(settings: At<'_, Settings>, uplink: u32, dst: Mac) -> bool {
     let macs = field!(settings, Settings, own_macs);
     let mut named = false;
     for i in 0..MAX_OWN_MACS as u32 {
@@ -487,7 +498,7 @@ fn is_for_us(settings: At<'_, Settings>, uplink: u32, dst: Mac) -> bool {
 /// Sources that no wire may carry (RFC 1122 3.2.1.3, RFC 4291 2.5 and 2.7), and packets from a
 /// VIP to itself ("land").
 #[inline(always)]
-fn is_martian(tuple: &Tuple) -> bool {
+pub(crate) fn is_martian(tuple: &Tuple) -> bool {
     if tuple.src == tuple.dst {
         return true;
     }

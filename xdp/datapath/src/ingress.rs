@@ -99,7 +99,7 @@ fn plan<'e, P: Form, E: Env>(
 }
 
 #[inline(always)]
-fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
+pub(crate) fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
     let ports = field!(settings, Settings, vxlan_ports);
     port == ports.element(0).get() || port == ports.element(1).get()
 }
@@ -111,7 +111,7 @@ fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
 /// `VxlanFlags`, `ForeignTunnel`, `UnknownVtepPassed` (pass); `VxlanMalformed`, `UnknownVtep`
 /// (drop).
 #[inline(always)]
-fn source<'a, E: Env>(
+pub(crate) fn source<'a, E: Env>(
     env: &'a E,
     settings: At<'a, Settings>,
     ip: &Ip<'_>,
@@ -161,7 +161,7 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
 /// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `IpMalformed`,
 /// `InnerSource` (drop).
 #[inline(always)]
-fn inside<'f, P: Form, E: Env>(
+pub(crate) fn inside<'f, P: Form, E: Env>(
     env: &E,
     outer_link: &Link<'f>,
     outer: &Ip<'f>,
@@ -224,7 +224,7 @@ fn deliver<'e, P: Form, E: Env>(
         // Whether it is such a reply is told by ports that this form does not reach.
         return Err(Reason::IpOptions.into());
     }
-    let redirect = frames && !is_tc_reply(env, settings, packet);
+    let redirect = frames && !is_for_tc(env, settings, packet);
     let door = replay::open_pod(env, pod, redirect, packet, vtep);
     if let Some(reason) = door.closed {
         return Err(reason.into());
@@ -237,10 +237,11 @@ fn deliver<'e, P: Form, E: Env>(
     Ok(Departure { door, cut: packet.cut_for(&door), tags: None, inside, reason, owner })
 }
 
-/// Whether the packet is the reply to a request that TC translated.
+/// Whether the packet is the reply to a request that TC translated, or may concern one: an ICMP error.
+/// Both directions of what is neither TCP nor UDP go through the stack, whose conntrack sees both.
 #[inline(always)]
-fn is_tc_reply<E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> bool {
-    let Ok(transport) = parse::transport(packet.l3, &packet.ip) else { return false };
+fn is_for_tc<E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> bool {
+    let Ok(transport) = parse::transport(packet.l3, &packet.ip) else { return true };
     let Some(scratch) = env.scratch() else { return false };
     decide::stash(scratch, &packet.ip, &transport);
     let tuple = decide::stashed(scratch);
@@ -274,7 +275,7 @@ fn serve<'e, P: Form, E: Env>(
     } else if request.is_none()
         && let Some(found) = flow::find_snat_reply(env, settings, &decide::stashed(scratch))
     {
-        check_reply_tunnel(&found, origin)?;
+        check_tunnel(&found, origin.tunnel)?;
         (Decided { found, new: false }, Direction::Reply)
     } else {
         let decided = decide::ask(env, scratch, transport.flags, origin, request);
@@ -344,10 +345,10 @@ fn known<'e, E: Env>(
 /// # Errors
 /// `TunnelChanged` (drop).
 #[inline(always)]
-fn check_reply_tunnel(found: &Found<'_>, origin: &Origin<'_>) -> Step<()> {
+pub(crate) fn check_tunnel(found: &Found<'_>, tunnel: u32) -> Step<()> {
     let forward = field!(found.record, FlowRecord, forward);
     let tunnelled = field!(forward, Exit, kind).get() == ExitKind::Tunnel as u8;
-    if tunnelled != (origin.tunnel != 0) {
+    if tunnelled != (tunnel != 0) {
         let service = field!(found.record, FlowRecord, service).get();
         return Err(Stop { reason: Reason::TunnelChanged, service });
     }
@@ -415,7 +416,7 @@ fn replay_flow<'e, P: Form, E: Env>(
 
 /// Whether a reply leaves with VLAN tags: those of its connection's requests.
 #[inline(always)]
-fn is_tagged(r: At<'_, FlowRecord>, is_reply: bool, door: &Door<'_>) -> bool {
+pub(crate) fn is_tagged(r: At<'_, FlowRecord>, is_reply: bool, door: &Door<'_>) -> bool {
     let first = field!(r, FlowRecord, reply_tags).element(0).get();
     is_reply && door.way == Way::Frame && first != Be32::new(0)
 }

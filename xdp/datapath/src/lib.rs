@@ -29,6 +29,7 @@ pub mod encap;
 pub mod env;
 pub mod flow;
 pub mod hash;
+pub mod icmp;
 pub mod ingress;
 pub mod parse;
 pub mod replay;

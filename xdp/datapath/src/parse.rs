@@ -13,7 +13,9 @@ use crate::wire::{
     is_extension_header, is_followed,
 };
 use core::mem::offset_of;
-use sluice_abi::{Addr, Be16, Be32, Family, IPPROTO_TCP, IPPROTO_UDP, Lane, Reason};
+use sluice_abi::{
+    Addr, Be16, Be32, Family, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Lane, Reason,
+};
 
 /// The network header in the packet.
 #[derive(Clone, Copy)]
@@ -87,6 +89,7 @@ impl Form for Plain {
     fn lane(reason: Reason) -> Option<Lane> {
         match reason {
             Reason::Vlan | Reason::IpOptions | Reason::NoLane => Some(Lane::General),
+            Reason::Icmp => Some(Lane::Icmp),
             _ => None,
         }
     }
@@ -96,8 +99,8 @@ impl Form for General {
     const GENERAL: bool = true;
 
     #[inline(always)]
-    fn lane(_reason: Reason) -> Option<Lane> {
-        None
+    fn lane(reason: Reason) -> Option<Lane> {
+        (reason == Reason::Icmp).then_some(Lane::Icmp)
     }
 }
 
@@ -286,11 +289,11 @@ fn ipv6<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
 }
 
 /// Where a chain of extension headers ends.
-struct Chain {
+pub struct Chain {
     /// What follows.
-    proto: u8,
+    pub proto: u8,
     /// Bytes from the IPv6 header on.
-    header_len: u32,
+    pub header_len: u32,
 }
 
 /// Follows hop-by-hop options, destination options and routing headers (RFC 8200 section 4).
@@ -298,7 +301,7 @@ struct Chain {
 /// # Errors
 /// `ExtensionChain` (pass); `IpMalformed`, `RoutingHeader` (drop).
 #[inline(always)]
-fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain> {
+pub fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain> {
     let (mut proto, mut header_len) = (first, 40u32);
     for _ in 0..MAX_EXTENSIONS {
         if !is_followed(proto) {
@@ -332,7 +335,7 @@ fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain>
 /// The transport header of `ip`, which begins at `l3`.
 ///
 /// # Errors
-/// `Fragment`, `IpOptions`, `OtherProtocol` (pass); `L4Malformed` (drop).
+/// `Fragment`, `IpOptions`, `Icmp`, `OtherProtocol` (pass); `L4Malformed` (drop).
 #[inline(always)]
 pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     if let Some(reason) = ip.opaque {
@@ -343,8 +346,15 @@ pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     match ip.proto {
         IPPROTO_TCP => tcp(payload, payload_len),
         IPPROTO_UDP => udp(payload, payload_len),
+        proto if proto == icmp_of(&ip.l3) => Err(Reason::Icmp.into()),
         _ => Err(Reason::OtherProtocol.into()),
     }
+}
+
+/// The protocol number of the family's ICMP.
+#[inline(always)]
+pub fn icmp_of(l3: &L3<'_>) -> u8 {
+    if l3.is_v4() { IPPROTO_ICMP } else { IPPROTO_ICMPV6 }
 }
 
 #[inline(always)]

@@ -94,11 +94,16 @@ pub fn again<'f, E: Env>(
 /// New addresses and ports of one direction: places in the flow's record, and the differences.
 #[derive(Clone, Copy)]
 pub struct Rewrite<'e> {
-    src: At<'e, Addr>,
-    dst: At<'e, Addr>,
-    ports: Ports,
-    addresses: u16,
-    transport: u16,
+    /// New source.
+    pub src: At<'e, Addr>,
+    /// New destination.
+    pub dst: At<'e, Addr>,
+    /// New ports.
+    pub ports: Ports,
+    /// What the addresses add to a sum.
+    pub addresses: u16,
+    /// What addresses and ports add.
+    pub transport: u16,
 }
 
 impl<'e> Rewrite<'e> {

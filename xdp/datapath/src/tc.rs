@@ -83,7 +83,7 @@ fn run<'e, P: Form, E: Env, F: Frame>(
 }
 
 #[inline(always)]
-fn bypass<E: Env>(env: &E) -> Step<At<'_, Settings>> {
+pub(crate) fn bypass<E: Env>(env: &E) -> Step<At<'_, Settings>> {
     let settings = env.settings().ok_or(Reason::TableBroken)?;
     if field!(settings, Settings, flags).get() & settings_flags::BYPASS != 0 {
         return Err(Reason::Bypass.into());
@@ -109,7 +109,7 @@ fn l4(packet: &Located<'_>) -> usize {
 }
 
 #[inline(always)]
-fn owner(r: At<'_, FlowRecord>, direction: Direction, new_flow: bool) -> Owner {
+pub(crate) fn owner(r: At<'_, FlowRecord>, direction: Direction, new_flow: bool) -> Owner {
     Owner {
         service: field!(r, FlowRecord, service).get(),
         backend: field!(r, FlowRecord, backend_id).get(),
@@ -211,7 +211,7 @@ fn short_cut<'e, E: Env>(
 /// Interface and Ethernet header of a reply that skips the stack; a tunnel's is the kernel's
 /// vxlan device, which encapsulates by its own tables.
 #[inline(always)]
-fn reply_way<'e, E: Env>(
+pub(crate) fn reply_way<'e, E: Env>(
     env: &'e E,
     reply: At<'e, Exit>,
 ) -> Option<(u32, At<'e, Mac>, At<'e, Mac>)> {
@@ -230,14 +230,14 @@ fn reply_way<'e, E: Env>(
 
 /// An [`ExitKind`].
 #[inline(always)]
-fn way_kind(exit: At<'_, Exit>) -> u8 {
+pub(crate) fn way_kind(exit: At<'_, Exit>) -> u8 {
     field!(exit, Exit, kind).get()
 }
 
 /// Whether a record was decided here and goes on. One that was made on the wire in the pod's name,
 /// before the pod was known, is not.
 #[inline(always)]
-fn is_ours<E: Env>(env: &E, found: &Found<'_>, tcp_flags: u8) -> bool {
+pub(crate) fn is_ours<E: Env>(env: &E, found: &Found<'_>, tcp_flags: u8) -> bool {
     let r = found.record;
     way_kind(field!(r, FlowRecord, reply)) == ExitKind::Stack as u8
         && field!(r, FlowRecord, flags).get() & record_flags::SNAT == 0

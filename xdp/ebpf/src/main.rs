@@ -7,6 +7,7 @@
 //! | `tc_ingress` | TC   | ingress of the host sides of pods                               |
 //! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
 //! | `*_general`  | both | reached by a tail call from the above: headers of any length    |
+//! | `*_icmp`     | both | reached by a tail call from all the above: ICMP                 |
 //! | `xdp_pass`   | XDP  | the far end of a veth that must receive redirected frames       |
 //! | `xdp_clock`  | –    | run by the agent only: how long is a jiffy?                     |
 //!
@@ -26,11 +27,11 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
-use skb::{GENERAL_HEADERS, HEADERS};
+use skb::{GENERAL_HEADERS, HEADERS, ICMP_HEADERS};
 use sluice_abi::Trap;
 use sluice_datapath::parse::{Form, General, Plain};
 use sluice_datapath::verdict::Action;
-use sluice_datapath::{ingress, tc};
+use sluice_datapath::{icmp, ingress, tc};
 
 /// `BPF_F_INGRESS` (kernel include/uapi/linux/bpf.h).
 const BPF_F_INGRESS: u64 = 1;
@@ -49,10 +50,22 @@ pub fn xdp_general(ctx: XdpContext) -> u32 {
     node::<General>(ctx)
 }
 
+/// Goes on where the above stop at ICMP.
+#[xdp]
+pub fn xdp_icmp(ctx: XdpContext) -> u32 {
+    let mut frame = xdp::XdpFrame::new(ctx.ctx);
+    leave(icmp::xdp(&Kernel, &mut frame).action)
+}
+
 #[inline(always)]
 fn node<P: Form>(ctx: XdpContext) -> u32 {
     let mut frame = xdp::XdpFrame::new(ctx.ctx);
-    match ingress::xdp::<P, _, _>(&Kernel, &mut frame).action {
+    leave(ingress::xdp::<P, _, _>(&Kernel, &mut frame).action)
+}
+
+#[inline(always)]
+fn leave(action: Action) -> u32 {
+    match action {
         Action::Pass | Action::Receive(_) => XDP_PASS,
         Action::Drop => XDP_DROP,
         Action::Transmit => XDP_TX,
@@ -99,6 +112,26 @@ pub fn tc_in_general(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn tc_out_general(ctx: TcContext) -> i32 {
     tc_out::<General>(ctx, GENERAL_HEADERS)
+}
+
+/// Goes on where the programs at TC ingress stop at ICMP.
+#[classifier]
+pub fn tc_in_icmp(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(ICMP_HEADERS) {
+        return TC_NEXT;
+    }
+    exit(icmp::tc_ingress(&Kernel, &mut frame).action)
+}
+
+/// Goes on where the programs at TC egress stop at ICMP.
+#[classifier]
+pub fn tc_out_icmp(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(ICMP_HEADERS) {
+        return TC_NEXT;
+    }
+    exit(icmp::tc_egress(&Kernel, &mut frame).action)
 }
 
 #[inline(always)]

@@ -17,6 +17,9 @@ const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
 pub const HEADERS: u32 = 14 + 40 + 20;
 /// The same with everything that the general form follows.
 pub const GENERAL_HEADERS: u32 = HEADERS + 2 * TAG_LEN + MAX_EXTENSION_BYTES;
+/// The same up to the end of the headers that an ICMP error quotes.
+pub const ICMP_HEADERS: u32 =
+    14 + 40 + 2 * TAG_LEN + MAX_EXTENSION_BYTES + sluice_datapath::icmp::MAX_BYTES;
 
 /// A packet at a TC hook.
 pub struct SkbFrame(*mut __sk_buff);

@@ -2,12 +2,18 @@
 //! type; nothing here knows a table or takes a decision.
 
 mod ethernet;
+mod icmp;
 mod ipv4;
 mod ipv6;
 mod transport;
 mod vxlan;
 
 pub use ethernet::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet};
+pub use icmp::{
+    ICMP_ECHO, ICMP_ECHO_REPLY, ICMP_PARAMETER, ICMP_REDIRECT, ICMP_SOURCE_QUENCH,
+    ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE, ICMPV6_ECHO, ICMPV6_ECHO_REPLY, ICMPV6_PARAMETER,
+    ICMPV6_TIME_EXCEEDED, ICMPV6_TOO_BIG, ICMPV6_UNREACHABLE, Icmp,
+};
 pub use ipv4::{FRAGMENT_MASK, Ipv4};
 pub use ipv6::{
     Extension, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING, is_extension_header, is_followed,
