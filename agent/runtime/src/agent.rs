@@ -11,6 +11,7 @@ use crate::config::{Config, ConfigError, SourceKind};
 use crate::describe::causes;
 use crate::netlink::{self, NetlinkError};
 use crate::run_dir::{RunDir, RunDirError, Status};
+use crate::snat::LocalPorts;
 use crate::source::{Listing, SourceError, file};
 use crate::state::{State, StepError};
 
@@ -20,6 +21,9 @@ pub enum AgentError {
     /// The config.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The SNAT ports are others'.
+    #[error("{0}")]
+    SnatPorts(String),
     /// The run directory.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
@@ -66,6 +70,9 @@ async fn serve(config: Config, config_path: PathBuf) -> Result<(), AgentError> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
 
+    if let Some(reason) = LocalPorts::read().refuse(config.snat.ports()) {
+        return Err(AgentError::SnatPorts(reason));
+    }
     let run_dir = RunDir::new(&config.run_dir);
     let _lock = run_dir.lock()?;
     announce(&run_dir, &config)?;
@@ -181,12 +188,18 @@ fn modified(path: &Path) -> Option<SystemTime> {
 }
 
 fn reload(path: &Path, to: &mpsc::UnboundedSender<News>) {
+    let refused = |reason: &dyn std::fmt::Display| {
+        tracing::error!("config not reloaded, the old one stays: {reason}");
+    };
     match Config::load(path) {
-        Ok(config) => {
-            // The other end is gone only when the agent stops.
-            let _ = to.send(News::Config(Box::new(config)));
-        }
-        Err(e) => tracing::error!("config not reloaded, the old one stays: {e}"),
+        Ok(config) => match LocalPorts::read().refuse(config.snat.ports()) {
+            None => {
+                // The other end is gone only when the agent stops.
+                let _ = to.send(News::Config(Box::new(config)));
+            }
+            Some(reason) => refused(&reason),
+        },
+        Err(e) => refused(&e),
     }
 }
 

@@ -6,6 +6,7 @@
 //! key, the value and the remedy.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -234,6 +235,13 @@ pub struct Snat {
     pub first_port: u16,
     /// Last port, inclusive.
     pub last_port: u16,
+}
+
+impl Snat {
+    /// The ports.
+    pub const fn ports(&self) -> RangeInclusive<u16> {
+        self.first_port..=self.last_port
+    }
 }
 
 /// `[answers]`.
@@ -513,6 +521,14 @@ impl Config {
             if ports.contains(&0) {
                 return fail(key, format!("{ports:?}"), "port 0", "remove it");
             }
+            if ports.iter().any(|port| self.snat.ports().contains(port)) {
+                return fail(
+                    key,
+                    format!("{ports:?}"),
+                    "a port between snat.first_port and snat.last_port",
+                    "move the SNAT ports: what comes to them is taken for a reply",
+                );
+            }
         }
         if !self.maps.flow_sets.is_power_of_two() || self.maps.flow_sets < 4 {
             return fail(
@@ -732,6 +748,7 @@ mod tests {
             ("[answers]\nrate_per_cpu = 0", ["answers.rate_per_cpu = 0", "enabled = false"]),
             ("[answers]\nburst_per_cpu = 70000", ["burst_per_cpu = 70000", "u16"]),
             ("[fail_safe]\ntcp = [0]", ["fail_safe.tcp", "remove"]),
+            ("[fail_safe]\ntcp = [22, 20000]", ["fail_safe.tcp", "snat.first_port"]),
             ("[log]\nlevel = 'sluice=loud'", ["sluice=loud", "debug"]),
             ("[maglev]\nmax_table = 1", ["maglev.max_table", "100 times"]),
             ("pin_dir = 'here'", ["pin_dir", "from /"]),

@@ -17,6 +17,7 @@ pub mod maps;
 pub mod netlink;
 pub mod run_dir;
 pub mod settings;
+pub mod snat;
 pub mod source;
 pub mod state;
 pub mod store;

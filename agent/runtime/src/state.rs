@@ -29,6 +29,7 @@ use crate::maps::{FlowTable, MapsError};
 use crate::netlink::NetlinkError;
 use crate::run_dir::{RunDir, RunDirError, SkippedObject, Status, TableSizes};
 use crate::settings::{self, SettingsError};
+use crate::snat::LocalPorts;
 use crate::source::{Listing, SourceError};
 use crate::store::{KernelStore, StoreError};
 use crate::sweep::{Sweeper, forget_udp};
@@ -100,6 +101,7 @@ pub struct State {
     unresolved: usize,
     stack_delivery: BTreeMap<String, String>,
     notes: Vec<String>,
+    snat_alarm: Option<String>,
     skipped: Vec<Skipped>,
     /// What found no room, and since when: room comes when what went has rested.
     unfit: Vec<Skipped>,
@@ -166,6 +168,7 @@ impl State {
             unresolved: 0,
             stack_delivery: BTreeMap::new(),
             notes: Vec::new(),
+            snat_alarm: None,
             skipped: Vec::new(),
             unfit: Vec::new(),
             allocated: Instant::now(),
@@ -304,6 +307,8 @@ impl State {
             .filter(|h| matches!(h, NextHopFacts::Unresolved {}))
             .count();
         self.notes = facts.notes.clone();
+        // Refused at start and at a reload; the node's own range may have moved since.
+        self.notes.extend(LocalPorts::read().refuse(self.config.snat.ports()));
         self.stack_delivery = facts.stack_reasons.clone();
         if !self.unfit.is_empty() && self.allocated.elapsed() > UNFIT_AGAIN {
             self.desired = None;
@@ -544,6 +549,7 @@ impl State {
         };
         let swept = self.sweeper.pass(&self.flows, now);
         self.narrow_replies(swept.ports);
+        self.watch_snat(swept.fullest);
         if swept.orphans > 0 {
             tracing::warn!(slots = swept.orphans, "SNAT slots without a connection freed");
         }
@@ -558,6 +564,22 @@ impl State {
                 "the connection table is nearly full; raise maps.flow_sets"
             );
         }
+    }
+
+    /// Alarm at half use: ports are tried at random, and long before the last one is taken some
+    /// connections are refused (`snat_exhausted`).
+    fn watch_snat(&mut self, used: u32) {
+        let ports = self.config.snat.ports().len() as u32;
+        let alarm = used * 2 > ports;
+        if alarm && self.snat_alarm.is_none() {
+            tracing::warn!(used, ports, "more than half of the SNAT ports are in use");
+        }
+        self.snat_alarm = alarm.then(|| {
+            format!(
+                "{used} of {ports} SNAT ports towards some endpoints are in use; widen \
+                 snat.first_port to snat.last_port"
+            )
+        });
     }
 
     /// Replies need no longer be looked for at ports of an earlier SNAT range that are free by now.
@@ -682,7 +704,7 @@ impl State {
             },
             skipped: self.skipped.iter().map(SkippedObject::from).collect(),
             held: self.held.as_ref().map(Into::into),
-            notes: self.notes.clone(),
+            notes: self.notes.iter().chain(&self.snat_alarm).cloned().collect(),
             errors: self.error.iter().cloned().collect(),
         }
     }

@@ -21,6 +21,8 @@ pub struct Swept {
     pub orphans: u64,
     /// First and last port of the SNAT slots in use.
     pub ports: Option<(u16, u16)>,
+    /// SNAT slots in use of the group of endpoints that has most; each group has one for each port.
+    pub fullest: u32,
 }
 
 /// The ages of SNAT slots without a record, kept between passes: one that is being taken looks the
@@ -41,6 +43,7 @@ impl Sweeper {
             }
         }
         let mut suspects = BTreeSet::new();
+        let mut groups = [0u32; maps::SNAT_SLOTS_PER_PORT as usize];
         for (index, slot) in table.slots() {
             let owned = slot.owner().is_some_and(|(set, way)| {
                 table.read(set, way).is_some_and(|flow| flow.record.snat == index + 1)
@@ -54,10 +57,12 @@ impl Sweeper {
                 suspects.insert((index, slot.0));
             }
             let port = (index / maps::SNAT_SLOTS_PER_PORT) as u16;
+            groups[(index % maps::SNAT_SLOTS_PER_PORT) as usize] += 1;
             // In the order of the ports.
             swept.ports = Some((swept.ports.map_or(port, |(first, _)| first), port));
         }
         self.suspects = suspects;
+        swept.fullest = groups.into_iter().max().unwrap_or_default();
         swept
     }
 }

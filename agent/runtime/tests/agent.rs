@@ -364,6 +364,36 @@ fn hidden_tags_are_named_switched_with_consent_and_back_by_cleanup() {
 }
 
 #[test]
+fn ports_of_the_nodes_own_sockets_are_refused() {
+    in_namespace(|node| {
+        let instance = Instance::new(node);
+        let text = std::fs::read_to_string(&instance.config).unwrap();
+        let wrong = format!("{text}[snat]\nfirst_port = 30000\nlast_port = 40000\n");
+        std::fs::write(&instance.config, &wrong).unwrap();
+        let refused = instance.sluice(&["run"]);
+        assert!(!refused.status.success());
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains("ip_local_port_range") && said.contains("port 32768"), "{said}");
+
+        std::fs::write(&instance.config, &text).unwrap();
+        let agent = instance.start();
+        instance.until_ready(&agent);
+        // At a reload the old range stays. What is reloaded with it is not reloaded either.
+        let generic = wrong.replace("[datapath]", "[datapath]\nmode = 'generic'");
+        std::fs::write(&instance.config, &generic).unwrap();
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(instance.json("status")["mode"]["up0"], "native");
+        // With the ports reserved it is.
+        sh("sysctl -qw net.ipv4.ip_local_reserved_ports=30000-40000");
+        std::fs::write(&instance.config, format!("{generic}\n")).unwrap();
+        instance.until("status", |s| s["mode"]["up0"] == "generic");
+        // And said when that changes under it.
+        sh("sysctl -qw net.ipv4.ip_local_reserved_ports=''");
+        instance.until("status", |s| s["notes"].to_string().contains("ip_local_port_range"));
+    });
+}
+
+#[test]
 fn mass_removal_at_start_is_held_until_it_is_released() {
     in_namespace(|node| {
         let instance = Instance::new(node);

@@ -105,10 +105,16 @@ fn snat_slot_goes_with_its_connection_and_never_without_cause() {
         let swept = sweeper.pass(&tables.flows, NOW);
         assert_eq!((swept.freed, swept.orphans), (1, 0));
         assert_eq!(swept.ports, Some((FIRST_PORT, FIRST_PORT)));
+        assert_eq!(swept.fullest, 1, "three ports, of three groups of endpoints");
         assert_eq!(tables.slots(), [first + 1, first + 2, first + 3]);
         // What looks the same at the next pass was no decision in progress.
         let swept = sweeper.pass(&tables.flows, NOW);
         assert_eq!((swept.freed, swept.orphans), (0, 2));
+        for port in 1..=2 {
+            tables.put_slot(first + 1 + port * maps::SNAT_SLOTS_PER_PORT, SnatSlot::CLAIMED);
+        }
+        assert_eq!(sweeper.pass(&tables.flows, NOW).fullest, 3);
+        assert_eq!(sweeper.pass(&tables.flows, NOW).fullest, 1);
         assert_eq!(tables.slots(), [first + 1]);
     });
 }

@@ -236,6 +236,9 @@ impl<'a> Guard<'a> {
         let is_pod = self.node.pods.contains_key(&addr)
             || self.node.pod_cidrs.iter().any(|net| net.contains(&addr))
             || self.cidrs.find(addr).is_some();
+        let is_own =
+            self.node.addresses.contains(&addr) || self.node.node_port_addresses.contains(&addr);
+        let snat = self.node.snat_ports.filter(|(first, last)| (*first..=*last).contains(&port));
         let cluster_ip_of = self.cluster_ips.get(&addr).filter(|owner| {
             claim.kind != FrontendKind::ClusterIp && **owner != &claim.service.name
         });
@@ -243,6 +246,8 @@ impl<'a> Guard<'a> {
             Some(format!("{tuple} is no address that a Service can have"))
         } else if is_node && fail_safe {
             Some(format!("{tuple} is a fail-safe port of a node"))
+        } else if let Some((first, last)) = snat.filter(|_| is_own) {
+            Some(format!("{tuple} is one of this node's SNAT ports ({first} to {last})"))
         } else if self.node.api_servers.contains(&SocketAddr::new(addr, port)) {
             Some(format!("{tuple} is the API server"))
         } else if is_node && claim.kind == FrontendKind::ClusterIp {

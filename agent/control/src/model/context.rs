@@ -178,6 +178,8 @@ pub struct NodeContext {
     pub maglev: MaglevSettings,
     /// Ports that are never captured.
     pub fail_safe: FailSafe,
+    /// First and last port that this node's SNAT takes.
+    pub snat_ports: Option<(u16, u16)>,
     /// Services that the configuration opts out.
     pub opt_out: BTreeSet<ObjectName>,
 }

@@ -248,6 +248,7 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
         tcp: config.fail_safe.tcp.iter().copied().collect(),
         udp: config.fail_safe.udp.iter().copied().collect(),
     };
+    context.snat_ports = Some((config.snat.first_port, config.snat.last_port));
     context.opt_out =
         config.opt_out_services.iter().map(|s| ObjectName::new(s.namespace(), s.name())).collect();
     for device in &facts.tunnel_devices {
