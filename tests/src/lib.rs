@@ -19,5 +19,6 @@ pub mod packet;
 pub mod random;
 pub mod sequence;
 pub mod shared_data;
+pub mod story;
 pub mod wire;
 pub mod world;

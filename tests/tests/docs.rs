@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use aya::maps::MapType;
 use object::{Object, ObjectSection, SectionKind};
 use sluice::config::{Config, DEFAULT_TOML};
-use sluice_abi::REASONS;
+use sluice_abi::{Hook, REASONS, VerdictKind};
+use sluice_tests::fixtures::{self, Fixture};
+use sluice_tests::story::{self, Story};
 
 fn root(path: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(path)
@@ -88,7 +90,7 @@ fn dependencies(dir: &str) -> BTreeSet<String> {
 
 #[test]
 fn operations_list_every_reason() {
-    let mut rows = String::from("\n| number | reason | verdict | meaning |\n|---|---|---|---|\n");
+    let mut rows = String::from("| number | reason | verdict | meaning |\n|---|---|---|---|\n");
     for row in REASONS {
         rows += &format!(
             "| {} | `{}` | {} | {} |\n",
@@ -98,17 +100,77 @@ fn operations_list_every_reason() {
             row.text.replace('|', "\\|")
         );
     }
-    let path = "docs/operations.md";
+    holds("docs/operations.md", "reasons", &rows);
+}
+
+/// Holds what stands in `path` between the marks of `name` against `wanted`, or puts it there.
+fn holds(path: &str, name: &str, wanted: &str) {
     let text = read(path);
-    let (begin, end) = ("<!-- reasons -->\n", "\n<!-- /reasons -->");
-    let from = text.find(begin).expect("the begin of the table") + begin.len() - 1;
-    let to = text.find(end).expect("the end of the table");
-    let wanted = format!("{}{rows}{}", &text[..from], &text[to..]);
+    let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- /{name} -->"));
+    let from = text.find(&begin).expect("the begin of the table") + begin.len();
+    let to = text.find(&end).expect("the end of the table");
+    let wanted = format!("{}{}\n{}", &text[..from], wanted.trim_start(), &text[to..]);
     if std::env::var_os("UPDATE").is_some_and(|value| value == "1") {
         fs::write(root(path), wanted).expect("write");
         return;
     }
-    assert!(text == wanted, "{path} does not list the reasons as they are; UPDATE=1 rewrites it");
+    assert!(text == wanted, "{path}: {name} are not as the code has them; UPDATE=1 rewrites it");
+}
+
+#[test]
+fn datapath_lists_every_kind_of_packet() {
+    let mut sections = String::new();
+    let fixtures = fixtures::all();
+    for (kind, title) in [
+        (VerdictKind::Forward, "Sent on its way"),
+        (VerdictKind::Pass, "Left to the kernel"),
+        (VerdictKind::Drop, "Dropped"),
+    ] {
+        sections += &format!("### {title}\n\n");
+        for row in REASONS.iter().filter(|row| row.kind == kind) {
+            let of_reason = fixtures.iter().filter(|fixture| fixture.reason == row.reason);
+            let table = laws(of_reason, kind);
+            if !table.is_empty() {
+                sections += &format!("`{}`: {}\n\n{table}\n", row.label, row.text);
+            }
+        }
+    }
+    holds("docs/datapath.md", "packets", &sections);
+}
+
+/// The laws of some fixtures, each once.
+fn laws<'a>(fixtures: impl Iterator<Item = &'a Fixture>, kind: VerdictKind) -> String {
+    let mut laws: BTreeMap<(Hook, String), (usize, Story)> = BTreeMap::new();
+    for told in fixtures.map(story::tell) {
+        let key = (told.hook, told.law.clone());
+        let (cases, law) = laws.entry(key).or_insert_with(|| (0, told.clone()));
+        *cases += 1;
+        law.of.extend(told.of);
+        law.goes.extend(told.goes);
+        law.leaves.extend(told.leaves);
+    }
+    if laws.is_empty() {
+        return String::new();
+    }
+    let dropped = kind == VerdictKind::Drop;
+    let mut rows = if dropped {
+        "| at | packet | of | cases |\n|---|---|---|---|\n".to_owned()
+    } else {
+        "| at | packet | of | cases | goes | leaves |\n|---|---|---|---|---|---|\n".to_owned()
+    };
+    let join = |words: &BTreeSet<String>, by: &str| {
+        words.iter().map(String::as_str).collect::<Vec<_>>().join(by)
+    };
+    for ((hook, law), (cases, told)) in laws {
+        let id = told.id.map(|id| format!(" ({id})")).unwrap_or_default();
+        let of = join(&told.of, " ");
+        rows += &format!("| {} | {law}{id} | {of} | {cases} |", hook.label());
+        if !dropped {
+            rows += &format!(" {} | {} |", join(&told.goes, "; "), join(&told.leaves, "; "));
+        }
+        rows.push('\n');
+    }
+    rows
 }
 
 #[test]
