@@ -87,6 +87,15 @@ fn refused(command: &str) -> Result<(), String> {
             let known = lock.lines().any(|l| l == format!("name = \"{name}\""));
             if known { Ok(()) } else { Err(format!("no crate {name}")) }
         }
+        ["cargo", "test", "--package", "sluice-tests", "--test", suite, ..] => {
+            let file = format!("tests/tests/{suite}");
+            there(&format!("{file}.rs")).or_else(|_| there(&format!("{file}/main.rs")))
+        }
+        // An environment variable in front.
+        [setting, .., last] if setting.contains('=') && !last.contains('=') => {
+            let rest = words.iter().skip_while(|word| word.contains('='));
+            refused(&rest.copied().collect::<Vec<_>>().join(" "))
+        }
         ["kubectl", "apply", "--kustomize", dir] => there(&format!("{dir}/kustomization.yaml")),
         [program, ..] if program.contains('/') => there(program),
         _ => Err("a command that this test does not know".to_owned()),
