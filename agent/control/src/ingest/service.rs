@@ -31,12 +31,13 @@ pub fn service(
     let meta = &object.metadata;
     let (subject, name) = Subject::of(origin, "Service", meta, skipped)?;
     let label = |name: &str| meta.labels.as_ref().and_then(|labels| labels.get(name));
-    if let Some(proxy) = label(PROXY_NAME_LABEL) {
+    // Nothing of it is claimed, but its addresses are known to be another's too.
+    let foreign = label(PROXY_NAME_LABEL);
+    if let Some(proxy) = foreign {
         skipped.push(subject.notice(
             format!("metadata.labels[{PROXY_NAME_LABEL}]"),
             format!("belongs to the proxy {}", quote(proxy)),
         ));
-        return None;
     }
     if label(HEADLESS_LABEL).is_some() {
         skipped.push(subject.notice(
@@ -111,7 +112,8 @@ pub fn service(
             .annotations
             .as_ref()
             .and_then(|annotations| annotations.get(OPT_OUT_ANNOTATION))
-            .is_some_and(|value| value == "true"),
+            .is_some_and(|value| value == "true")
+            || foreign.is_some(),
         internal_local,
         external_local,
         affinity_seconds: affinity_seconds(&subject, spec, skipped),
@@ -123,7 +125,7 @@ pub fn service(
         ),
         load_balancer_ips,
         uncaptured_ips,
-        ports: ports(&subject, spec, skipped),
+        ports: if foreign.is_some() { Vec::new() } else { ports(&subject, spec, skipped) },
         name,
     })
 }
