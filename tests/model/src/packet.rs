@@ -293,6 +293,18 @@ impl Packet {
         }
     }
 
+    /// Writes the ECN field; the IPv4 header checksum follows.
+    pub fn set_ecn(&mut self, ecn: u8) {
+        match &mut self.header {
+            Header::V4(h) => {
+                let old = h.bytes();
+                h.class = h.class & !3 | ecn;
+                h.checksum = update(h.checksum, &old[..2], &h.bytes()[..2]);
+            }
+            Header::V6(h) => h.class = h.class & !3 | ecn,
+        }
+    }
+
     /// Bytes of the IP packet.
     pub fn ip_len(&self) -> usize {
         self.header.bytes().len() + self.payload.len()

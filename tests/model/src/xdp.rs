@@ -92,7 +92,35 @@ fn decapsulate(case: &Case<'_>, outer: &Packet) -> Result<(u32, Packet), Reason>
     if !vtep.pod_nets.iter().any(|net| net.contains(inner.src())) {
         return Err(Reason::InnerSource);
     }
+    let mut inner = inner;
+    // What changes nothing writes nothing: a sum of zero has two forms.
+    match ecn_inside(outer.ecn(), inner.ecn()) {
+        None => return Err(Reason::Ecn),
+        Some(ecn) if ecn != inner.ecn() => inner.set_ecn(ecn),
+        Some(_) => {}
+    }
     Ok((index, inner))
+}
+
+/// The ECN field of a packet that was inside; nothing if it may not go on: RFC 6040 section 4.2,
+/// figure 4, row by row. Columns: not ECT, ECT(0), ECT(1), CE outside.
+fn ecn_inside(outside: u8, inside: u8) -> Option<u8> {
+    const NOT_ECT: u8 = 0;
+    const ECT_1: u8 = 1;
+    const ECT_0: u8 = 2;
+    const CE: u8 = 3;
+    let row = match inside {
+        NOT_ECT => [Some(NOT_ECT), Some(NOT_ECT), Some(NOT_ECT), None],
+        ECT_0 => [Some(ECT_0), Some(ECT_0), Some(ECT_1), Some(CE)],
+        ECT_1 => [Some(ECT_1), Some(ECT_1), Some(ECT_1), Some(CE)],
+        _ => [Some(CE); 4],
+    };
+    row[match outside {
+        NOT_ECT => 0,
+        ECT_0 => 1,
+        ECT_1 => 2,
+        _ => 3,
+    }]
 }
 
 fn is_for_pod(case: &Case<'_>, arrival: &Arrival) -> bool {

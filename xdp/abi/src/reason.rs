@@ -120,6 +120,7 @@ reasons! {
     48 Forward EchoReply "echo_reply" "echo request to a Service's address, answered";
     49 Drop IcmpMalformed "icmp_malformed" "ICMP header or the packet that it quotes cut short";
     50 Drop IcmpDenied "icmp_denied" "ICMP redirect about a connection, or error about an error";
+    51 Drop Ecn "ecn" "congestion was marked on a tunnelled packet whose sender does not know such marks (RFC 6040)";
 }
 
 impl Reason {

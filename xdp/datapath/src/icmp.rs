@@ -203,7 +203,7 @@ fn arrived<'f, E: Env>(env: &E, view: View<'f>) -> Step<Located<'f>> {
         return Err(Reason::Group.into());
     }
     let (outer, eth, l3, tags) = (link.first, link.last, link.l3, link.tags);
-    Ok(Located { outer, eth, ip, l3, cut: 0, tags })
+    Ok(Located { outer, eth, ip, l3, cut: 0, tags, ecn: 0 })
 }
 
 /// The ICMP message of a packet.
@@ -394,13 +394,14 @@ fn error_at_uplink<'e, E: Env>(
     let tags = tagged.then_some(field!(r, FlowRecord, reply_tags));
     let keeps_source = !is_reply && field!(r, FlowRecord, flags).get() & record_flags::SNAT == 0;
     let rewrite = if is_reply { Rewrite::reply(r) } else { Rewrite::request(r) };
+    packet.mark();
     translate(packet, message, &quote, &rewrite, keeps_source, door.takes_hop());
     let inside = replay::address(&door, packet, false, port);
     if !found.is_still_there() {
         return Err(stop(Reason::FlowChanged));
     }
     let cut = packet.cut_for(&door);
-    Ok(Departure { door, cut, tags, inside, reason: Reason::IcmpError, owner })
+    Ok(Departure { door, cut, tags, inside, reason: Reason::IcmpError, owner, ecn: 0 })
 }
 
 /// An error from the client's side comes the way that the connection's requests come.
@@ -682,11 +683,12 @@ fn echo_at_uplink<'e, E: Env>(
     let port = FlowHash::new(seed, client, Be16::new(0), packet.ip.proto).outer_port();
     let reply_tags = field!(draft, FlowRecord, reply_tags);
     let tagged = door.way == Way::Frame && reply_tags.element(0).get() != Be32::new(0);
+    packet.mark();
     write_echo(packet, message);
     let inside = replay::address(&door, packet, false, port);
     let (cut, tags) = (packet.cut_for(&door), tagged.then_some(reply_tags));
     let (reason, owner) = (Reason::EchoReply, Owner::NONE);
-    Ok(Departure { door, cut, tags, inside, reason, owner })
+    Ok(Departure { door, cut, tags, inside, reason, owner, ecn: 0 })
 }
 
 /// Answers a pod's echo request out of the interface that it came from.

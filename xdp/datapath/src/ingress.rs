@@ -9,7 +9,9 @@ use crate::flow::{self, Found};
 use crate::parse::{self, Form, Ip, Link, Transport};
 use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
 use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
-use crate::wire::{Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan};
+use crate::wire::{
+    ECN_CE, ECN_ECT_0, ECN_ECT_1, ECN_NOT_ECT, Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan,
+};
 use sluice_abi::{
     Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
     Scratch, Settings, SnatSlot, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
@@ -60,8 +62,15 @@ fn plan<'e, P: Form, E: Env>(
         return Err(Reason::Group.into());
     }
     let outer = parse::transport(link.l3, &ip)?;
-    let mut packet =
-        Located { outer: link.first, eth: link.last, ip, l3: link.l3, cut: 0, tags: link.tags };
+    let mut packet = Located {
+        outer: link.first,
+        eth: link.last,
+        ip,
+        l3: link.l3,
+        cut: 0,
+        tags: link.tags,
+        ecn: 0,
+    };
     let mut transport = outer;
     let mut tunnel = 0;
     if ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst) {
@@ -159,7 +168,7 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
 ///
 /// # Errors
 /// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `IpMalformed`,
-/// `InnerSource` (drop).
+/// `InnerSource`, `Ecn` (drop).
 #[inline(always)]
 pub(crate) fn inside<'f, P: Form, E: Env>(
     env: &E,
@@ -193,7 +202,22 @@ pub(crate) fn inside<'f, P: Form, E: Env>(
         return Err(Reason::InnerSource.into());
     }
     let cut = (outer.l3.header_len() + OUTER_OVERHEAD) as u32 + outer_link.tags;
-    Ok(Located { outer: outer_link.first, eth: link.first, ip, l3: link.l3, cut, tags: 0 })
+    let (outside, within) = (replay::ecn(outer), replay::ecn(&ip));
+    if outside == ECN_CE && within == ECN_NOT_ECT {
+        return Err(Reason::Ecn.into());
+    }
+    let ecn = (decapsulated(outside, within) ^ within) as u32;
+    Ok(Located { outer: outer_link.first, eth: link.first, ip, l3: link.l3, cut, tags: 0, ecn })
+}
+
+/// The ECN field of a packet that was inside (RFC 6040 section 4.2, figure 4).
+#[inline(always)]
+fn decapsulated(outside: u8, within: u8) -> u8 {
+    match (outside, within) {
+        (ECN_CE, _) => ECN_CE,
+        (ECN_ECT_1, ECN_ECT_0) => ECN_ECT_1,
+        _ => within,
+    }
 }
 
 /// Whether the inner source is in the VTEP's pod CIDRs.
@@ -229,12 +253,16 @@ fn deliver<'e, P: Form, E: Env>(
     if let Some(reason) = door.closed {
         return Err(reason.into());
     }
+    // What the kernel gets is changed last: the driver may take no mark, and then it gets the packet
+    // as it came.
+    let ecn = if door.takes_hop() { 0 } else { packet.ecn };
     if door.takes_hop() {
+        packet.mark();
         replay::take_hop(&packet.ip);
     }
     let inside = replay::address(&door, packet, false, Be16::new(0));
     let (reason, owner) = (Reason::DecapLocal, Owner::NONE);
-    Ok(Departure { door, cut: packet.cut_for(&door), tags: None, inside, reason, owner })
+    Ok(Departure { door, cut: packet.cut_for(&door), tags: None, inside, reason, owner, ecn })
 }
 
 /// Whether the packet is the reply to a request that TC translated, or may concern one: an ICMP error.
@@ -396,6 +424,7 @@ fn replay_flow<'e, P: Form, E: Env>(
         return Err(stop(Reason::NoLane));
     }
     let tags = (P::GENERAL && tagged).then_some(field!(r, FlowRecord, reply_tags));
+    packet.mark();
     rewrite.write(&packet.ip, transport, door.takes_hop());
     rewrite.write_checksum(packet.ip.proto, transport);
     let inside = replay::address(&door, packet, !P::GENERAL, port);
@@ -411,7 +440,7 @@ fn replay_flow<'e, P: Form, E: Env>(
         (false, true, false) => Reason::DecapDnatLocal,
         (false, true, true) => Reason::DecapDnatRemote,
     };
-    Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner })
+    Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner, ecn: 0 })
 }
 
 /// Whether a reply leaves with VLAN tags: those of its connection's requests.

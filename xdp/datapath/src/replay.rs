@@ -35,9 +35,20 @@ pub struct Located<'a> {
     /// Bytes of VLAN tags, 0 in what came out of a tunnel. They stay on a packet that the kernel
     /// gets; another way is another wire.
     pub tags: u32,
+    /// Bits of the ECN field that change because of what the tunnel's headers said (RFC 6040
+    /// section 4.2); 0 in what came out of none.
+    pub ecn: u32,
 }
 
 impl Located<'_> {
+    /// Writes the ECN field that a decapsulated packet has from now on.
+    #[inline(always)]
+    pub fn mark(&self) {
+        if self.ecn != 0 {
+            change_ecn(self.ip.l3, self.ecn);
+        }
+    }
+
     /// Bytes to be cut off in front for a way out.
     #[inline(always)]
     pub fn cut_for(&self, door: &Door<'_>) -> u32 {
@@ -88,7 +99,8 @@ pub fn again<'f, E: Env>(
     let (cut, tags) = (hide(packet.cut) & 0x7f, hide(packet.tags) & 0xf);
     let transport =
         Transport { ports, checksum, flags: hide(transport.flags as u32) as u8, ..*transport };
-    Ok((Located { outer, eth, ip, l3: l3_view, cut, tags }, transport))
+    let ecn = hide(packet.ecn) & 3;
+    Ok((Located { outer, eth, ip, l3: l3_view, cut, tags, ecn }, transport))
 }
 
 /// New addresses and ports of one direction: places in the flow's record, and the differences.
@@ -354,6 +366,8 @@ pub struct Departure<'e> {
     pub reason: Reason,
     /// On whose account.
     pub owner: Owner,
+    /// Bits of the inner ECN field that are still to be changed.
+    pub ecn: u32,
 }
 
 /// Whether the plain form knows all that outer headers need.
@@ -421,6 +435,9 @@ pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Ste
     if cut != outer && !frame.adjust_head(cut - outer) {
         return Err(stop);
     }
+    if departure.ecn != 0 {
+        change_ecn_of_frame(frame.view(), departure.ecn);
+    }
     if let (Some(vtep), Some(dst), Some(src)) = (door.vtep, door.dst_mac, door.src_mac)
         && !encap::write(frame, vtep, dst, src, &inside)
     {
@@ -472,9 +489,43 @@ fn put_tags<F: Frame>(
     true
 }
 
+/// Changes bits of the ECN field; the IPv4 header checksum follows.
+#[inline(always)]
+fn change_ecn(l3: L3<'_>, bits: u32) {
+    match l3 {
+        L3::V4(at) => {
+            let tos = field!(at, Ipv4, tos);
+            let (old, new) = (tos.get(), tos.get() ^ bits as u8);
+            tos.set(new);
+            let word = |tos: u8| Be16::new(tos as u16).raw();
+            let delta = Sum::default().sub16(word(old)).add16(word(new)).fold();
+            let checksum = field!(at, Ipv4, checksum);
+            checksum.set(Be16::from_raw(update(checksum.get().raw(), delta)));
+        }
+        L3::V6(at) => {
+            let first = field!(at, Ipv6, version_class_flow);
+            first.set(Be32::new(first.get().host() ^ bits << 20));
+        }
+    }
+}
+
+/// The same in a frame without tags, which a tunnel's inner frame is.
+#[inline(always)]
+fn change_ecn_of_frame(view: View<'_>, bits: u32) {
+    let l3 = view.skip(size_of::<Ethernet>());
+    let Some(eth) = view.at::<Ethernet>() else { return };
+    if field!(eth, Ethernet, ethertype).get() == ETHERTYPE_IPV4 {
+        if let Some(at) = l3.at::<Ipv4>() {
+            change_ecn(L3::V4(at), bits);
+        }
+    } else if let Some(at) = l3.at::<Ipv6>() {
+        change_ecn(L3::V6(at), bits);
+    }
+}
+
 /// The ECN field (RFC 3168 section 5).
 #[inline(always)]
-fn ecn(ip: &Ip<'_>) -> u8 {
+pub fn ecn(ip: &Ip<'_>) -> u8 {
     match ip.l3 {
         L3::V4(at) => field!(at, Ipv4, tos).get() & 3,
         L3::V6(at) => (field!(at, Ipv6, version_class_flow).get().host() >> 20) as u8 & 3,

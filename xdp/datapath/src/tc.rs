@@ -99,7 +99,7 @@ fn open<'f, P: Form, E: Env>(env: &E, view: View<'f>) -> Step<(Located<'f>, Tran
     }
     let transport = parse::transport(link.l3, &ip)?;
     let (outer, eth, l3, tags) = (link.first, link.last, link.l3, link.tags);
-    Ok((Located { outer, eth, ip, l3, cut: 0, tags }, transport))
+    Ok((Located { outer, eth, ip, l3, cut: 0, tags, ecn: 0 }, transport))
 }
 
 /// Where the transport header begins in the frame.

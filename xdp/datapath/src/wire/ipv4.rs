@@ -31,3 +31,12 @@ pub struct Ipv4 {
 
 /// "More fragments" and the offset: not zero in every fragment.
 pub const FRAGMENT_MASK: u16 = 0x3fff;
+
+/// ECN field (RFC 3168 section 5; the names of RFC 6040): the sender does not know ECN.
+pub const ECN_NOT_ECT: u8 = 0b00;
+/// ECN-capable transport, the second code point (RFC 8311, RFC 9331).
+pub const ECN_ECT_1: u8 = 0b01;
+/// ECN-capable transport.
+pub const ECN_ECT_0: u8 = 0b10;
+/// Congestion experienced.
+pub const ECN_CE: u8 = 0b11;
