@@ -126,7 +126,7 @@ fn admit(
 
 /// Sources that no wire may carry (RFC 1122 section 3.2.1.3, RFC 1112 section 7.2, RFC 4291
 /// sections 2.5.2, 2.5.3 and 2.7), and a packet from an address to itself.
-fn is_martian(src: Addr, dst: Addr) -> bool {
+pub fn is_martian(src: Addr, dst: Addr) -> bool {
     src == dst
         || match src.to_ip() {
             std::net::IpAddr::V4(ip) => {

@@ -21,6 +21,7 @@
 
 mod checksum;
 mod decide;
+mod icmp;
 mod model;
 mod packet;
 mod road;

@@ -313,8 +313,8 @@ impl Packet {
     /// The transport header.
     ///
     /// # Errors
-    /// `ExtensionChain`, `Fragment`, `Icmp`, `OtherProtocol`: not ours to understand. `RoutingHeader`,
-    /// `IpMalformed`, `IcmpMalformed`, `L4Malformed`: not a packet that any router may send on.
+    /// `Icmp`: there is none. `ExtensionChain`, `Fragment`, `OtherProtocol`: not ours to understand.
+    /// `RoutingHeader`, `IpMalformed`, `L4Malformed`: not a packet that any router may send on.
     pub fn transport(&self) -> Result<Transport, Reason> {
         if let Some(reason) = self.obstacle {
             return Err(reason);
@@ -330,11 +330,7 @@ impl Packet {
             // RFC 768: the length counts header and data.
             IPPROTO_UDP if p.len() >= 8 => (8..=p.len()).contains(&be16(p, 4).into()),
             IPPROTO_TCP | IPPROTO_UDP => false,
-            // What ICMP says about connections and to Services, fixtures say.
-            proto if proto == icmp_of(self.src().family()) && p.len() < 8 => {
-                return Err(Reason::IcmpMalformed);
-            }
-            proto if proto == icmp_of(self.src().family()) => return Err(Reason::Icmp),
+            proto if proto == icmp_of(self.family()) => return Err(Reason::Icmp),
             _ => return Err(Reason::OtherProtocol),
         };
         if !sound {
@@ -370,15 +366,20 @@ impl Packet {
         self.payload.get(8..end).unwrap_or_default()
     }
 
-    /// One hop further (RFC 1812 section 5.3.1): in IPv4 the checksum follows.
+    /// One hop further (RFC 1812 section 5.3.1).
     pub fn take_hop(&mut self) {
+        self.set_hop_limit(self.hop_limit() - 1);
+    }
+
+    /// Writes the hop limit; in IPv4 the checksum follows.
+    pub fn set_hop_limit(&mut self, hop_limit: u8) {
         match &mut self.header {
             Header::V4(h) => {
                 let old = h.bytes();
-                h.ttl -= 1;
+                h.ttl = hop_limit;
                 h.checksum = update(h.checksum, &old[8..10], &h.bytes()[8..10]);
             }
-            Header::V6(h) => h.hop_limit -= 1,
+            Header::V6(h) => h.hop_limit = hop_limit,
         }
     }
 
@@ -568,7 +569,7 @@ mod extension {
 /// # Errors
 /// `ExtensionChain` (pass): longer than is followed, of a kind that is not followed, or a route that
 /// goes on elsewhere. `RoutingHeader` (drop): RFC 5095 section 3. `IpMalformed` (drop): cut short.
-fn chain(first: u8, bytes: &[u8]) -> Result<(u8, usize), Reason> {
+pub fn chain(first: u8, bytes: &[u8]) -> Result<(u8, usize), Reason> {
     let (mut next, mut len) = (first, 0);
     let mut count = 0;
     while extension::FOLLOWED.contains(&next) && count < extension::MOST {
@@ -600,7 +601,7 @@ fn be32(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// The protocol number of a family's ICMP (RFC 792, RFC 4443 section 1).
-const fn icmp_of(family: Family) -> u8 {
+pub const fn icmp_of(family: Family) -> u8 {
     match family {
         Family::V4 => IPPROTO_ICMP,
         Family::V6 => IPPROTO_ICMPV6,

@@ -3,7 +3,7 @@
 use sluice_abi::{Addr, Family, IPPROTO_UDP, Reason, VerdictKind, Vtep};
 
 use crate::checksum::checksum;
-use crate::packet::{Ethernet, Header, Packet, V4, V6, ethertype, transport_checksum};
+use crate::packet::{Ethernet, Header, Packet, Tag, V4, V6, ethertype, transport_checksum};
 use crate::state::{Connection, Exit, State};
 use crate::tables::Tables;
 
@@ -164,7 +164,8 @@ pub fn to_stack(case: &Case<'_>, arrival: &Arrival, mut packet: Packet) -> Depar
     Departure { action: Action::Pass, frame: packet.bytes(), mark }
 }
 
-/// Leaves by an exit of a connection. We are the router there, unless it is the kernel's.
+/// Leaves by an exit of a connection, as a frame with these tags. We are the router there, unless it
+/// is the kernel's.
 ///
 /// # Errors
 /// `HopLimit`, `TableBroken` (pass); `NextHopUnresolved`, `TooBig` (drop).
@@ -174,6 +175,7 @@ pub fn leave(
     mut packet: Packet,
     exit: Exit,
     outer_port: &mut Option<u16>,
+    tags: &[Tag],
 ) -> Result<Departure, Reason> {
     if exit == Exit::Stack {
         return Ok(to_stack(case, arrival, packet));
@@ -193,6 +195,7 @@ pub fn leave(
         Exit::Frame { ifindex, dst, src } => {
             packet.take_hop();
             (packet.eth.dst, packet.eth.src) = (dst, src);
+            packet.eth.tags = tags.to_vec();
             (ifindex, packet.bytes())
         }
         Exit::NextHop(index) => {
@@ -235,11 +238,17 @@ fn seen_outer_port(seen: &[u8]) -> u16 {
 
 /// The source port of the innermost packet of a frame that leaves by `exit`.
 pub fn seen_source_port(seen: &[u8], exit: Exit) -> Option<u16> {
-    let mut packet = Packet::parse(seen).ok()?;
-    if matches!(exit, Exit::Tunnel(_)) {
-        packet = Packet::parse(packet.datagram().get(8..)?).ok()?;
+    Some(seen_inner(seen, exit)?.transport().ok()?.src)
+}
+
+/// The innermost packet of a frame that leaves by `exit`.
+pub fn seen_inner(seen: &[u8], exit: Exit) -> Option<Packet> {
+    let packet = Packet::parse(seen).ok()?;
+    if !matches!(exit, Exit::Tunnel(_)) {
+        return Some(packet);
     }
-    Some(packet.transport().ok()?.src)
+    packet.transport().ok().filter(|t| t.proto == IPPROTO_UDP)?;
+    Packet::parse(packet.datagram().get(8..)?).ok()
 }
 
 /// Outer headers (RFC 7348 section 5). Whatever followed the inner IP packet in its frame follows
@@ -267,8 +276,8 @@ fn encapsulate(vtep: &Vtep, eth: Ethernet, src_port: u16, inner: &Packet, seen: 
         let bytes = datagram(vtep, src_port, 0, inside);
         transport_checksum(vtep.local, vtep.remote, IPPROTO_UDP, &bytes)
     };
-    let trusting = with(sum(&inside.repaired()));
-    if inside.is_covered() && trusting == seen { trusting } else { with(sum(&inside)) }
+    let trusting = inside.is_covered().then(|| with(sum(&inside.repaired())));
+    trusting.filter(|frame| frame == seen).unwrap_or_else(|| with(sum(&inside)))
 }
 
 /// UDP header, VXLAN header and inner frame.
@@ -286,9 +295,9 @@ fn datagram(vtep: &Vtep, src_port: u16, checksum: u16, inside: &Packet) -> Vec<u
 }
 
 impl Packet {
-    /// Whether the transport checksum covers everything behind the IP header.
+    /// Whether a transport checksum covers everything behind the IP header.
     fn is_covered(&self) -> bool {
-        !self.is_without_checksum() && self.surplus() == 0
+        self.transport().is_ok() && !self.is_without_checksum() && self.surplus() == 0
     }
 }
 

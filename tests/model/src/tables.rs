@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sluice_abi::{
     Addr, Backend, Be32, Extent, Frontend, FrontendKey, Mac, NextHop, Pod, Route, Settings, Tunnel,
-    Vtep, VtepKey, settings_flags,
+    Vtep, VtepKey, frontend_flags, settings_flags,
 };
 
 /// What the agent tells the programs.
@@ -75,6 +75,12 @@ impl Tables {
     pub fn is_own_mac(&self, uplink: u32, mac: Mac) -> bool {
         let mut own = self.settings.own_macs.iter().filter(|own| own.ifindex == uplink).peekable();
         own.peek().is_none() || own.any(|own| own.mac == mac || own.mac == Mac::default())
+    }
+
+    /// Whether an address is Services' alone.
+    pub fn is_vip(&self, addr: Addr) -> bool {
+        let frontend = self.frontends.get(&FrontendKey::address(addr));
+        frontend.is_some_and(|f| f.flags & frontend_flags::ADDRESS != 0)
     }
 
     /// Whether a port is one on which this node itself must stay reachable.

@@ -1,8 +1,9 @@
 //! TC: requests of this node's pods, and replies of its backends.
 
-use sluice_abi::Reason;
+use sluice_abi::{Mac, Reason};
 
 use crate::decide::{Origin, begins_anew, decide, renew};
+use crate::icmp;
 use crate::packet::{Packet, Transport};
 use crate::road::{
     Action, Case, Direction, Lawful, Outcome, Stop, translate_reply, translate_request,
@@ -10,8 +11,8 @@ use crate::road::{
 use crate::state::{Connection, Exit, State, Tuple};
 use crate::xdp::flow;
 
-/// The parts of a frame that TC looks at.
-fn open(case: &Case<'_>) -> Result<(Packet, Transport), Reason> {
+/// The parts of a frame that TC looks at; no transport header of an ICMP message.
+fn open(case: &Case<'_>) -> Result<(Packet, Option<Transport>), Reason> {
     if case.tables.bypass() {
         return Err(Reason::Bypass);
     }
@@ -22,14 +23,18 @@ fn open(case: &Case<'_>) -> Result<(Packet, Transport), Reason> {
     if packet.eth.dst.is_group() {
         return Err(Reason::Group);
     }
-    let transport = packet.transport()?;
+    let transport = match packet.transport() {
+        Err(Reason::Icmp) => None,
+        transport => Some(transport?),
+    };
     Ok((packet, transport))
 }
 
 /// What is lawful for a frame that the stack sends: a reply to a client gets the VIP as its source.
 pub fn egress(case: &Case<'_>) -> Vec<Lawful> {
     let (mut packet, transport) = match open(case) {
-        Ok(opened) => opened,
+        Ok((packet, Some(transport))) => (packet, transport),
+        Ok((packet, None)) => return icmp::from_stack(case, packet),
         Err(reason) => return case.stop(reason),
     };
     let Some(key) = case.state.kept_reply(&Tuple::of(&packet, &transport)) else {
@@ -57,7 +62,8 @@ fn sent(
 /// What is lawful for a frame that comes out of a pod's host side.
 pub fn ingress(case: &Case<'_>) -> Vec<Lawful> {
     let (packet, transport) = match open(case) {
-        Ok(opened) => opened,
+        Ok((packet, Some(transport))) => (packet, transport),
+        Ok((packet, None)) => return icmp::from_pod(case, packet),
         Err(reason) => return case.stop(reason),
     };
     match case.tables.pods.get(&packet.src()) {
@@ -76,22 +82,7 @@ fn past_the_stack(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Op
     let key = case.state.kept_reply(&Tuple::of(packet, transport))?;
     let mut state = case.state.clone();
     let connection = state.connections.get_mut(&key)?;
-    let skipped = matches!(connection.forward, Exit::Frame { .. });
-    // The stack knows the VLANs.
-    let tagged = !packet.eth.tags.is_empty() || !connection.reply_tags.is_empty();
-    // Nobody but the kernel says that the hops are used up.
-    if !skipped || tagged || packet.hop_limit() <= 1 {
-        return None;
-    }
-    let (ifindex, dst, src) = match connection.reply {
-        Exit::Frame { ifindex, dst, src } => (ifindex, dst, src),
-        // The kernel's vxlan device encapsulates.
-        Exit::Tunnel(index) => {
-            let vtep = case.tables.vteps.get(&index)?;
-            (case.tables.device_of(index)?, vtep.remote_mac, vtep.local_mac)
-        }
-        _ => return None,
-    };
+    let (ifindex, dst, src) = way_past_the_stack(case, connection, packet)?;
     let mut packet = packet.clone();
     packet.take_hop();
     translate_reply(&mut packet, connection);
@@ -100,6 +91,30 @@ fn past_the_stack(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Op
     let action = Action::Redirect(ifindex);
     let outcome = sent(action, Reason::ReplyLocal, &packet, connection, Direction::Reply);
     Some((outcome, state))
+}
+
+/// Interface and Ethernet header of what a backend sends past the stack.
+pub fn way_past_the_stack(
+    case: &Case<'_>,
+    connection: &Connection,
+    packet: &Packet,
+) -> Option<(u32, Mac, Mac)> {
+    let skipped = matches!(connection.forward, Exit::Frame { .. });
+    // The stack knows the VLANs.
+    let tagged = !packet.eth.tags.is_empty() || !connection.reply_tags.is_empty();
+    // Nobody but the kernel says that the hops are used up.
+    if !skipped || tagged || packet.hop_limit() <= 1 {
+        return None;
+    }
+    match connection.reply {
+        Exit::Frame { ifindex, dst, src } => Some((ifindex, dst, src)),
+        // The kernel's vxlan device encapsulates.
+        Exit::Tunnel(index) => {
+            let vtep = case.tables.vteps.get(&index)?;
+            Some((case.tables.device_of(index)?, vtep.remote_mac, vtep.local_mac))
+        }
+        _ => None,
+    }
 }
 
 /// A pod's request: translated here, routed by the kernel.

@@ -3,6 +3,7 @@
 use sluice_abi::{Be32, Delivery, IPPROTO_UDP, Reason, VtepKey};
 
 use crate::decide::{Origin, begins_anew, decide, renew};
+use crate::icmp;
 use crate::packet::{Ethernet, Packet, Transport, is_tag};
 use crate::road::{
     Account, Arrival, Case, Departure, Direction, Lawful, Outcome, Stop, leave, seen_source_port,
@@ -19,6 +20,10 @@ pub fn receive(case: &Case<'_>) -> Vec<Lawful> {
         Ok(arrival) if arrival.tunnel != 0 && is_for_pod(case, &arrival) => deliver(case, &arrival),
         Ok(arrival) => match arrival.packet.transport() {
             Ok(transport) => serve(case, &arrival, &transport),
+            Err(Reason::Icmp) => {
+                let Origin { reply, tags, .. } = origin(case, &arrival);
+                icmp::at_uplink(case, &arrival, (reply, tags))
+            }
             Err(reason) => case.stop(reason),
         },
         Err(stop) => case.stop(stop),
@@ -34,10 +39,17 @@ fn arrive(case: &Case<'_>) -> Result<Arrival, Reason> {
     if packet.eth.dst.is_group() {
         return Err(Reason::Group);
     }
-    let transport = packet.transport()?;
     let outer = packet.eth.clone();
     let ports = case.tables.settings.vxlan_ports;
-    if transport.proto != IPPROTO_UDP || !ports.iter().any(|p| p.host() == transport.dst) {
+    let is_vxlan = match packet.transport() {
+        Err(Reason::Icmp) => false,
+        transport => {
+            let transport = transport?;
+            let known = ports.iter().any(|port| port.host() == transport.dst);
+            transport.proto == IPPROTO_UDP && known
+        }
+    };
+    if !is_vxlan {
         return Ok(Arrival { packet, outer, tunnel: 0 });
     }
     if packet.has_options() {
@@ -148,9 +160,34 @@ fn deliver(case: &Case<'_>, arrival: &Arrival) -> Vec<Lawful> {
     vec![(outcome(departure, Reason::DecapLocal, Account::Nobody), case.state.clone())]
 }
 
-fn outcome(departure: Departure, reason: Reason, account: Account) -> Outcome {
+pub fn outcome(departure: Departure, reason: Reason, account: Account) -> Outcome {
     let Departure { action, frame, mark } = departure;
     Outcome { action, reason, frame: Some(frame), mark, account }
+}
+
+/// Whether a packet from the client's side comes the way that the connection's requests come.
+///
+/// # Errors
+/// `TunnelChanged`, `Martian` (drop).
+pub fn check_client(connection: &Connection, tunnel: u32) -> Result<(), Reason> {
+    if connection.tunnel != tunnel {
+        return Err(Reason::TunnelChanged);
+    }
+    if tunnel == 0 && connection.reply == Exit::Stack {
+        // The client is a pod of this node, which does not speak over the wire.
+        return Err(Reason::Martian);
+    }
+    Ok(())
+}
+
+/// Whether a packet from the backend's side comes the way that its requests went: out of a tunnel,
+/// whose source was checked, or plain.
+///
+/// # Errors
+/// `TunnelChanged` (drop).
+pub fn check_way(connection: &Connection, tunnel: u32) -> Result<(), Reason> {
+    let tunnelled = matches!(connection.forward, Exit::Tunnel(_));
+    if tunnelled == (tunnel != 0) { Ok(()) } else { Err(Reason::TunnelChanged) }
 }
 
 /// What a connection has to say to a request that has its tuple.
@@ -168,15 +205,11 @@ fn standing(
     transport: &Transport,
 ) -> Standing {
     let old = connection.epoch != case.tables.settings.epoch;
-    if connection.tunnel != arrival.tunnel {
+    if let Err(reason) = check_client(connection, arrival.tunnel) {
         // What came out of a tunnel has proved its source. It wins against a connection that a
         // plain packet began, and against one of another tunnel once the tables have changed.
         let wins = arrival.tunnel != 0 && (connection.tunnel == 0 || old);
-        return if wins { Standing::Ended } else { Standing::Denied(Reason::TunnelChanged) };
-    }
-    if arrival.tunnel == 0 && connection.reply == Exit::Stack {
-        // The client is a pod of this node, which does not speak over the wire.
-        return Standing::Denied(Reason::Martian);
+        return if wins { Standing::Ended } else { Standing::Denied(reason) };
     }
     match (begins_anew(case, connection, transport.flags), old) {
         (true, _) => Standing::Ended,
@@ -251,7 +284,7 @@ fn forward(
     translate_request(&mut packet, connection, port);
     let [outer_port, _] = &mut connection.outer_ports;
     let service = connection.service;
-    match leave(case, arrival, packet, connection.forward, outer_port) {
+    match leave(case, arrival, packet, connection.forward, outer_port, &[]) {
         // The decision is kept; nothing was sent, so nothing was chosen for anybody to see.
         Err(reason) => case.stop_in(Stop { reason, service }, before),
         Ok(departure) => {
@@ -279,20 +312,16 @@ fn reply(
     let before = state.clone();
     let connection = state.connections.get_mut(&key).expect("the connection is there");
     let service = connection.service;
-    // It comes back the way its request went: out of a tunnel, whose source was checked, or plain.
-    if matches!(connection.forward, Exit::Tunnel(_)) != (arrival.tunnel != 0) {
-        return case.stop_in(Stop { reason: Reason::TunnelChanged, service }, before);
+    if let Err(reason) = check_way(connection, arrival.tunnel) {
+        return case.stop_in(Stop { reason, service }, before);
     }
     let mut packet = arrival.packet.clone();
     translate_reply(&mut packet, connection);
     let [_, outer_port] = &mut connection.outer_ports;
-    match leave(case, arrival, packet, connection.reply, outer_port) {
+    let tags = &connection.reply_tags;
+    match leave(case, arrival, packet, connection.reply, outer_port, tags) {
         Err(reason) => case.stop_in(Stop { reason, service }, before),
-        Ok(mut departure) => {
-            if matches!(connection.reply, Exit::Frame { .. }) {
-                // Between the addresses and the EtherType.
-                departure.frame.splice(12..12, connection.reply_tags.concat());
-            }
+        Ok(departure) => {
             connection.progress.advance(Direction::Reply, transport);
             let account = flow(connection, Direction::Reply, false);
             vec![(outcome(departure, Reason::ReplyRemote, account), state)]

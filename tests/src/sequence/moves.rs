@@ -5,7 +5,7 @@ use sluice_abi::{Addr, Family, Hook, IPPROTO_UDP, Mac};
 use sluice_model::{Connection, Exit, State};
 
 use super::plan::{self, Plan};
-use crate::packet::{self, Packet, extension, l4_offset, tcp};
+use crate::packet::{self, Packet, extension, icmp, l4_offset, tcp};
 use crate::world::{
     self, FAMILIES, PROTOCOLS, Svc, VNI_BARE, VNI_V4, VNI_V6, VTEP_BARE, VTEP_V6, VXLAN_PORT_V4,
     VXLAN_PORT_V6, dev, ip, mac,
@@ -51,6 +51,32 @@ pub enum Move {
         of: u8,
         /// Where.
         way: Way,
+        /// The packet.
+        shape: Shape,
+    },
+    /// Somebody on the way of a connection's packets sends an error about one.
+    Error {
+        /// Which of the connections.
+        of: u8,
+        /// Whether it is about a reply, so that it goes to the backend.
+        about_reply: bool,
+        /// Where an error about a request appears.
+        way: Way,
+        /// The error.
+        error: IcmpError,
+        /// The packet.
+        shape: Shape,
+    },
+    /// A client asks for an echo, or sends another message that is no error.
+    Echo {
+        /// Who.
+        client: Client,
+        /// To whom.
+        to: To,
+        /// Type and code, if not an echo request's.
+        kind: Option<(u8, u8)>,
+        /// Family.
+        family: Family,
         /// The packet.
         shape: Shape,
     },
@@ -126,6 +152,29 @@ pub enum Way {
     /// At TC ingress of this interface.
     Ingress(u32),
 }
+
+/// An ICMP error.
+#[derive(Clone, Debug)]
+pub struct IcmpError {
+    /// Which of the family's errors.
+    pub kind: u8,
+    /// Whether a router sends it, not the end.
+    pub router: bool,
+    /// Bytes of the quoted transport header, if not all.
+    pub quoted: Option<u8>,
+    /// What is odd about the quoted packet.
+    pub odd: Vec<Odd>,
+    /// It is about another port.
+    pub astray: bool,
+    /// It quotes an error itself.
+    pub twice: bool,
+    /// What became of the quote's bytes.
+    pub damage: Vec<Damage>,
+}
+
+/// Types and codes: those that are translated, one that is denied, and one that is none of ours.
+const ERRORS_V4: [(u8, u8); 7] = [(3, 3), (3, 4), (11, 0), (12, 0), (5, 1), (4, 0), (3, 1)];
+const ERRORS_V6: [(u8, u8); 7] = [(1, 4), (2, 0), (3, 0), (4, 1), (137, 0), (100, 0), (1, 0)];
 
 /// A change of the tables.
 #[derive(Clone, Debug)]
@@ -630,6 +679,22 @@ impl Move {
                     connections.values().nth(usize::from(*of) % connections.len().max(1))?;
                 answer(connection, *way, shape)
             }
+            Move::Error { of, about_reply, way, error, shape } => {
+                let connections = &state.connections;
+                let connection =
+                    connections.values().nth(usize::from(*of) % connections.len().max(1))?;
+                if *about_reply {
+                    error.about_reply(connection, shape)
+                } else {
+                    error.about_request(connection, *way, shape)
+                }
+            }
+            Move::Echo { client, to, kind, family, shape } => {
+                let Packet { src, dst, .. } = request(*client, 0, *to, *family, IPPROTO_UDP);
+                let asks = if *family == Family::V4 { (8, 0) } else { (128, 0) };
+                let packet = icmp(src, dst, kind.unwrap_or(asks), 0x1234_0001, b"are you there?");
+                Some(client.frame(packet, shape))
+            }
             Move::Noise { hook, ethertype, bytes } => {
                 let mut frame = [mac::UPLINK.0, mac::GATEWAY.0].concat();
                 frame.extend(ethertype.to_be_bytes());
@@ -662,7 +727,11 @@ fn answer(connection: &Connection, way: Way, shape: &Shape) -> Option<Frame> {
     let reply = connection.reply_tuple()?;
     let packet = Packet::new(reply.proto, reply.dst, reply.src)
         .flags(if connection.progress.replied { tcp::ACK } else { tcp::SYN });
-    let packet = packet.answer().hop_limit(63);
+    Some(from_backend(connection, way, packet.answer().hop_limit(63), shape))
+}
+
+/// A packet from the backend's side.
+fn from_backend(connection: &Connection, way: Way, packet: Packet, shape: &Shape) -> Frame {
     let tc = |hook, ifindex: u32, packet: Packet| {
         let (own, host) = pod_macs(ifindex);
         let packet = match (hook, PODS.contains(&ifindex)) {
@@ -673,16 +742,12 @@ fn answer(connection: &Connection, way: Way, shape: &Shape) -> Option<Frame> {
         Frame { hook, ifindex, bytes: shape.whole(packet) }
     };
     let own_pod = connection.reply == Exit::Stack;
-    Some(match (way, connection.forward) {
+    match (way, connection.forward) {
         (Way::Tunnel(underlay), _) => through(pipe(underlay), packet, shape),
         (Way::Wire(ifindex), _) => on_wire(ifindex, packet, shape),
         (Way::Egress(ifindex), _) => tc(Hook::TcEgress, ifindex, packet),
         (Way::Ingress(ifindex), _) => tc(Hook::TcIngress, ifindex, packet),
-        (Way::Right, _) if own_pod => {
-            let stack = connection.source == ip::pod_stack(connection.source.family());
-            let ifindex = if stack { dev::POD_STACK } else { dev::POD_REDIRECT };
-            tc(Hook::TcEgress, ifindex, packet)
-        }
+        (Way::Right, _) if own_pod => tc(Hook::TcEgress, pod_of(connection.source), packet),
         (Way::Right, Exit::Stack) => tc(Hook::TcEgress, dev::UPLINK, packet),
         (Way::Right, Exit::Frame { ifindex, .. }) => tc(Hook::TcIngress, ifindex, packet),
         (Way::Right, Exit::Tunnel(VTEP_V6)) => through(pipe(Family::V6), packet, shape),
@@ -690,7 +755,69 @@ fn answer(connection: &Connection, way: Way, shape: &Shape) -> Option<Frame> {
         (Way::Right, Exit::Tunnel(_)) => through(pipe(Family::V4), packet, shape),
         (Way::Right, Exit::NextHop(world::HOP_ROUTER)) => on_wire(dev::UPLINK_B, packet, shape),
         (Way::Right, Exit::NextHop(_)) => on_wire(dev::UPLINK, packet, shape),
-    })
+    }
+}
+
+/// The interface of a pod of this node.
+fn pod_of(addr: Addr) -> u32 {
+    if addr == ip::pod_stack(addr.family()) { dev::POD_STACK } else { dev::POD_REDIRECT }
+}
+
+impl IcmpError {
+    /// The error to whom `packet` came from; `end` is whom it went to.
+    fn about(&self, packet: Packet, end: Addr) -> Packet {
+        let family = packet.family();
+        let (kind, router) = match family {
+            Family::V4 => (ERRORS_V4[usize::from(self.kind) % 7], ip::elsewhere(family)),
+            Family::V6 => (ERRORS_V6[usize::from(self.kind) % 7], ip::elsewhere(family)),
+        };
+        let sender = packet.src;
+        let mut packet = packet.hop_limit(40);
+        self.odd.iter().for_each(|odd| odd.describe(&mut packet));
+        if self.twice {
+            let about = if family == Family::V4 { (3, 3) } else { (1, 4) };
+            packet = icmp(packet.src, packet.dst, about, 0, b"something else that was lost ...");
+        }
+        packet.dst_port ^= u16::from(self.astray);
+        let mut frame = packet.bytes();
+        self.odd.iter().for_each(|odd| odd.carve(&packet, &mut frame));
+        let l3 = 14 + packet.tags.len() * 4;
+        let mut quote = frame.split_off(l3);
+        if let Some(quoted) = self.quoted {
+            let udp = if packet.proto == IPPROTO_UDP { 6 } else { 16 };
+            quote.truncate(checksum_at(&packet) - udp - l3 + usize::from(quoted));
+        }
+        self.damage.iter().for_each(|damage| damage.inflict(&mut quote));
+        let from = if self.router { router } else { end };
+        icmp(from, sender, kind, 1400, &quote)
+    }
+
+    /// About a reply that the client got, or that somebody on the way to it saw.
+    fn about_reply(&self, connection: &Connection, shape: &Shape) -> Option<Frame> {
+        let request = connection.request;
+        let reply = Packet::new(request.proto, request.dst, request.src);
+        let error = self.about(reply, request.src.0);
+        Some(match (connection.reply, connection.tunnel) {
+            (Exit::Stack, _) => {
+                let ifindex = pod_of(request.src.0);
+                let (own, host) = pod_macs(ifindex);
+                let bytes = shape.whole(error.eth(own, host));
+                Frame { hook: Hook::TcIngress, ifindex, bytes }
+            }
+            (Exit::Frame { ifindex, .. }, _) => on_wire(ifindex, error, shape),
+            (_, VTEP_V6) => through(pipe(Family::V6), error, shape),
+            (_, VTEP_BARE) => through(BARE, error, shape),
+            _ => through(pipe(Family::V4), error, shape),
+        })
+    }
+
+    /// About a request that the backend got, or that somebody on the way to it saw.
+    fn about_request(&self, connection: &Connection, way: Way, shape: &Shape) -> Option<Frame> {
+        let reply = connection.reply_tuple()?;
+        let sent = Packet::new(reply.proto, reply.dst, reply.src);
+        let error = self.about(sent, connection.backend.0);
+        Some(from_backend(connection, way, error, shape))
+    }
 }
 
 fn family() -> impl Strategy<Value = Family> {
@@ -916,11 +1043,36 @@ fn step() -> impl Strategy<Value = Move> {
         (any::<u8>(), way(), shape()).prop_map(|(of, way, shape)| Move::Answer { of, way, shape });
     let change = (change(), prop::bool::weighted(0.7))
         .prop_map(|(change, announced)| Move::Change { change, announced });
+    let error = (
+        0u8..7,
+        any::<bool>(),
+        prop::option::weighted(0.5, 0u8..24),
+        few(15.0, odd()),
+        prop::bool::weighted(0.05),
+        prop::bool::weighted(0.05),
+        few(10.0, damage()),
+    )
+        .prop_map(|(kind, router, quoted, odd, astray, twice, damage)| IcmpError {
+            kind,
+            router,
+            quoted,
+            odd,
+            astray,
+            twice,
+            damage,
+        });
+    let error = (any::<u8>(), any::<bool>(), way(), error, shape()).prop_map(
+        |(of, about_reply, way, error, shape)| Move::Error { of, about_reply, way, error, shape },
+    );
+    let kinds = prop::sample::select(&[(0u8, 0u8), (129, 0), (13, 0), (135, 0), (8, 1)][..]);
+    let echo = (client(), to(), prop::option::weighted(0.1, kinds), family(), shape()).prop_map(
+        |(client, to, kind, family, shape)| Move::Echo { client, to, kind, family, shape },
+    );
     let ethertypes = prop::sample::select(&[0x0800u16, 0x86dd, 0x0806, 0x8100, 0x0026][..]);
     let hooks = prop::sample::select(&Hook::ALL[..]);
     let noise = (hooks, ethertypes, prop::collection::vec(any::<u8>(), 0..120))
         .prop_map(|(hook, ethertype, bytes)| Move::Noise { hook, ethertype, bytes });
-    prop_oneof![10 => request, 8 => again, 10 => answer, 1 => change, 1 => noise]
+    prop_oneof![10 => request, 8 => again, 10 => answer, 4 => error, 1 => echo, 1 => change, 1 => noise]
 }
 
 /// Cases. Fewer packets than a set of the flow table has room for: whose record gives way in a full
