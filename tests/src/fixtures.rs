@@ -7,12 +7,15 @@
 //! Two numbers are the datapath's to choose, a SNAT port and an outer UDP source port. A fixture
 //! reads them from what came out, holds them against their range, and builds the rest itself.
 
-use sluice_abi::{Addr, Family, Hook, IPPROTO_TCP, IPPROTO_UDP, Mac, Reason, VerdictKind};
+use sluice_abi::{
+    Addr, AnswerKind, Family, Hook, IPPROTO_TCP, IPPROTO_UDP, Mac, Reason, VerdictKind,
+};
 use sluice_datapath::verdict::{Action, Direction};
 
 use crate::packet::{self, Packet, tcp};
 use crate::world::{Be, Svc, World, dev, ip, mac, size};
 
+mod answers;
 mod broken;
 mod general;
 mod icmp;
@@ -117,6 +120,8 @@ pub struct Fixture {
     pub out: Out,
     /// Counters.
     pub account: Account,
+    /// Answer that is counted, and whether it was given.
+    pub answer: Option<(AnswerKind, bool)>,
     /// Room in front.
     pub head_room: HeadRoom,
     /// Where it runs.
@@ -159,6 +164,7 @@ impl Fixture {
             mark: None,
             out,
             account: Account::None,
+            answer: None,
             head_room: HeadRoom::Plenty,
             runs: Where::Everywhere,
         }
@@ -199,6 +205,27 @@ impl Fixture {
     ) -> Self {
         self.action = action;
         self.out = Out::Made(Box::new(frame));
+        self
+    }
+
+    /// Is answered so, back out of the interface of its arrival.
+    pub fn answered(
+        self,
+        kind: AnswerKind,
+        frame: impl Fn(&Trail) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Self {
+        let action = match self.step.hook {
+            Hook::Xdp => Action::Transmit,
+            Hook::TcIngress | Hook::TcEgress => Action::Redirect(self.step.ifindex),
+        };
+        let mut fixture = self.out(action, frame);
+        fixture.answer = Some((kind, true));
+        fixture
+    }
+
+    /// Would be answered so, but more answers may not be made.
+    pub fn limited(mut self, kind: AnswerKind) -> Self {
+        self.answer = Some((kind, false));
         self
     }
 
@@ -258,6 +285,7 @@ pub fn all() -> Vec<Fixture> {
     passed::add(&mut table);
     stopped::add(&mut table);
     broken::add(&mut table);
+    answers::add(&mut table);
     table
 }
 

@@ -7,8 +7,9 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, LANES, Lane, NextHop, Pod,
-    ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    FrontendKey, Hook, LANES, Lane, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings,
+    SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_datapath::access::{At, Frame};
 use sluice_datapath::csum::{Sum, update, update_udp};
@@ -17,7 +18,7 @@ use sluice_datapath::env::Env;
 use sluice_datapath::parse::{General, Plain};
 use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
-use sluice_datapath::{icmp, ingress, tc};
+use sluice_datapath::{answer, icmp, ingress, tc};
 
 use crate::world::{World, size};
 
@@ -81,6 +82,9 @@ pub struct Host {
     reasons: Table<ReasonCounter>,
     services: Table<ServiceCounter>,
     backend_counters: Table<BackendCounter>,
+    answers: Table<AnswerCounter>,
+    buckets: Table<Bucket>,
+    bucket_cpu: Table<Bucket>,
     /// Jiffies.
     pub now: Cell<u32>,
     locked: Cell<bool>,
@@ -129,6 +133,9 @@ impl Host {
             ),
             services: Table::new(&[], size::SERVICES, ServiceCounter::default()),
             backend_counters: Table::new(&[], size::BACKENDS, BackendCounter::default()),
+            answers: Table::new(&[], AnswerKind::ALL.len() as u32, AnswerCounter::default()),
+            buckets: Table::new(&[], Bucket::SOURCES, Bucket::default()),
+            bucket_cpu: Table::new(&[], 1, Bucket::default()),
             now: Cell::new(1_000_000),
             locked: Cell::new(false),
             clock_reads: Cell::new(0),
@@ -155,6 +162,7 @@ impl Host {
                 (Lane::Icmp, Hook::Xdp) => icmp::xdp(self, &mut frame),
                 (Lane::Icmp, Hook::TcIngress) => icmp::tc_ingress(self, &mut frame),
                 (Lane::Icmp, Hook::TcEgress) => icmp::tc_egress(self, &mut frame),
+                (Lane::Answer, hook) => answer::answer(self, &mut frame, hook),
             };
         }
         assert!(!self.locked.get(), "a lock was kept");
@@ -178,6 +186,8 @@ impl Host {
     pub fn clear(&self) {
         self.flows.0.iter().for_each(|set| set.set(FlowSet::default()));
         size::snat_indexes().for_each(|index| self.set_snat(index, SnatSlot::FREE));
+        self.buckets.0.iter().for_each(|bucket| bucket.set(Bucket::default()));
+        self.bucket_cpu.0.iter().for_each(|bucket| bucket.set(Bucket::default()));
         self.clear_counters();
     }
 
@@ -217,9 +227,15 @@ impl Host {
         self.backend_counters.0[id as usize].get()
     }
 
+    /// The counters of a kind of answer.
+    pub fn answer(&self, kind: AnswerKind) -> AnswerCounter {
+        self.answers.0[kind as usize].get()
+    }
+
     /// Sets every counter to zero.
     pub fn clear_counters(&self) {
         self.reasons.0.iter().for_each(|c| c.set(ReasonCounter::default()));
+        self.answers.0.iter().for_each(|c| c.set(AnswerCounter::default()));
         self.services.0.iter().for_each(|c| c.set(ServiceCounter::default()));
         self.backend_counters.0.iter().for_each(|c| c.set(BackendCounter::default()));
     }
@@ -318,6 +334,15 @@ impl Env for Host {
     fn backend_counter(&self, backend: u32) -> Option<At<'_, BackendCounter>> {
         self.unlocked().backend_counters.at(backend)
     }
+    fn answer_counter(&self, kind: AnswerKind) -> Option<At<'_, AnswerCounter>> {
+        self.unlocked().answers.at(kind as u32)
+    }
+    fn source_bucket(&self, index: u32) -> Option<At<'_, Bucket>> {
+        self.unlocked().buckets.at(index)
+    }
+    fn cpu_bucket(&self) -> Option<At<'_, Bucket>> {
+        self.unlocked().bucket_cpu.at(0)
+    }
 }
 
 /// Bytes that a mark for TC takes in front of a frame.
@@ -346,8 +371,8 @@ impl HostFrame {
     }
 }
 
-// SAFETY: `start..end` is the rest of `buffer`, which is never reallocated; only `adjust_head`
-// (`&mut self`) moves the start, and within the buffer.
+// SAFETY: `start..end` is the rest of `buffer`, which is reallocated by `cut_tail` alone; only
+// `adjust_head` moves the start, and within the buffer. Both take `&mut self`.
 unsafe impl Frame for HostFrame {
     fn start(&self) -> *mut u8 {
         self.buffer[self.start..].as_ptr().cast::<u8>().cast_mut()
@@ -363,6 +388,21 @@ unsafe impl Frame for HostFrame {
         }
         self.start = start;
         true
+    }
+    fn cut_tail(&mut self, bytes: u32) -> bool {
+        let len = self.buffer.len();
+        // As the kernel: an Ethernet header must remain.
+        if self.start + 14 + bytes as usize > len {
+            return false;
+        }
+        self.buffer = self.buffer[..len - bytes as usize].to_vec().into();
+        true
+    }
+    fn take_options_out(&mut self, _len: u32) -> u32 {
+        0
+    }
+    fn is_checksum_pending(&mut self, _offset: u32) -> bool {
+        false
     }
     fn hand_over_mark(&mut self, ifindex: u32) -> bool {
         if !self.takes_metadata || self.start < MARK {

@@ -1,8 +1,8 @@
 //! Holds what a runner did against what a fixture says.
 
 use sluice_abi::{
-    BackendCounter, Family, FlowSet, Hook, REASONS, Reason, ReasonCounter, ServiceCounter,
-    SnatSlot, VerdictKind,
+    AnswerCounter, AnswerKind, BackendCounter, Family, FlowSet, Hook, REASONS, Reason,
+    ReasonCounter, ServiceCounter, SnatSlot, VerdictKind,
 };
 use sluice_datapath::verdict::{Action, Direction};
 
@@ -44,6 +44,8 @@ pub trait Runner {
     fn service(&self, id: u32) -> ServiceCounter;
     /// The counters of a backend.
     fn backend(&self, id: u32) -> BackendCounter;
+    /// The counters of a kind of answer.
+    fn answer(&self, kind: AnswerKind) -> AnswerCounter;
     /// The flow table.
     fn flows(&self) -> Vec<FlowSet>;
     /// Writes a set of the flow table.
@@ -139,6 +141,9 @@ impl Runner for Host {
     fn backend(&self, id: u32) -> BackendCounter {
         Host::backend(self, id)
     }
+    fn answer(&self, kind: AnswerKind) -> AnswerCounter {
+        Host::answer(self, kind)
+    }
     fn flows(&self) -> Vec<FlowSet> {
         self.flow_sets()
     }
@@ -176,6 +181,9 @@ impl Runner for Kernel {
     }
     fn backend(&self, id: u32) -> BackendCounter {
         Kernel::backend(self, id)
+    }
+    fn answer(&self, kind: AnswerKind) -> AnswerCounter {
+        Kernel::answer(self, kind)
     }
     fn flows(&self) -> Vec<FlowSet> {
         self.flow_sets()
@@ -346,6 +354,14 @@ pub fn check_counters(
         let got = runner.service(id);
         if got != expected {
             return Err(format!("service {id}: {got:?} instead of {expected:?}"));
+        }
+    }
+    for kind in AnswerKind::ALL {
+        let count = |given| u64::from(fixture.answer == Some((kind, given)));
+        let expected = AnswerCounter { sent: count(true), limited: count(false) };
+        let got = runner.answer(kind);
+        if got != expected {
+            return Err(format!("answers {}: {got:?} instead of {expected:?}", kind.label()));
         }
     }
     for id in 0..size::BACKENDS {

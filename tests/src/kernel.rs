@@ -8,7 +8,8 @@ use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
 use sluice_abi::{
-    BackendCounter, FlowSet, Hook, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, maps,
+    AnswerCounter, AnswerKind, BackendCounter, Bucket, FlowSet, Hook, ReasonCounter, Scratch,
+    ServiceCounter, Settings, SnatSlot, maps,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -159,10 +160,22 @@ impl Kernel {
             }
         }
         self.clear_per_cpu::<Scratch>(maps::SCRATCH);
+        if AnswerKind::ALL.iter().any(|kind| self.answer(*kind) != AnswerCounter::default()) {
+            self.clear_buckets();
+        }
+    }
+
+    /// Fills every bucket of answers.
+    pub fn clear_buckets(&mut self) {
+        for index in 0..Bucket::SOURCES {
+            self.write(maps::BUCKET, index, Bucket::default());
+        }
+        self.clear_per_cpu::<Bucket>(maps::BUCKET_CPU);
     }
 
     /// Sets every counter to zero.
     pub fn clear_counters(&mut self) {
+        self.clear_per_cpu::<AnswerCounter>(maps::ANSWER);
         self.clear_per_cpu::<ReasonCounter>(maps::REASON);
         self.clear_per_cpu::<ServiceCounter>(maps::SERVICE_STAT);
         self.clear_per_cpu::<BackendCounter>(maps::BACKEND_STAT);
@@ -352,6 +365,15 @@ impl Kernel {
         })
     }
 
+    /// The counters of a kind of answer, over all CPUs.
+    pub fn answer(&self, kind: AnswerKind) -> AnswerCounter {
+        let values: Vec<AnswerCounter> = self.read_per_cpu(maps::ANSWER, kind as u32);
+        values.iter().fold(AnswerCounter::default(), |sum, c| AnswerCounter {
+            sent: sum.sent + c.sent,
+            limited: sum.limited + c.limited,
+        })
+    }
+
     /// An entry of an array.
     ///
     /// # Panics
@@ -366,7 +388,7 @@ impl Kernel {
     /// # Panics
     /// If there is no such entry.
     pub fn write<T: Value>(&mut self, map: &str, index: u32, value: T) {
-        if ![maps::FLOW, maps::SNAT].contains(&map) {
+        if ![maps::FLOW, maps::SNAT, maps::BUCKET].contains(&map) {
             self.filled = None;
         }
         let mut array: Array<_, Plain<T>> = self.map_mut(map).try_into().expect("an array");

@@ -8,9 +8,10 @@ use std::mem::offset_of;
 
 use object::{Object, ObjectSection};
 use sluice_abi::{
-    Addr, Answers, Ask, Backend, BackendCounter, Be16, Be32, Exit, Extent, FlowRecord, FlowSet,
-    Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac, NextHop, OwnMac, Pod, PodNet, ReasonCounter,
-    Scratch, Seeds, ServiceCounter, Settings, SnatSlot, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Answers, Ask, Backend, BackendCounter, Be16, Be32, Bucket,
+    Exit, Extent, FlowRecord, FlowSet, Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac, NextHop,
+    OwnMac, Pod, PodNet, ReasonCounter, Scratch, Seeds, ServiceCounter, Settings, SnatSlot,
+    Stopped, Timeouts, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -45,7 +46,9 @@ macro_rules! layouts {
 
 layouts! {
     Answers { source_rate, source_burst, cpu_rate, cpu_burst }
+    AnswerCounter { sent, limited }
     Ask { renew, tcp_flags, in_cluster, snat, tagged, uplink, reserved }
+    Bucket { 0 }
     Backend { addr, port, route, index, proto, reserved }
     BackendCounter { forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows }
     Exit { index, kind, reserved, dst_mac, src_mac }
@@ -66,7 +69,7 @@ layouts! {
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
-    Scratch { draft, best, ask, taken, seq, ack, reserved, forgotten, begun, bytes }
+    Scratch { draft, best, ask, taken, seq, ack, reserved, forgotten, begun, bytes, stopped }
     Seeds { flow, cluster }
     ServiceCounter {
         forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows, dropped_packets
@@ -77,6 +80,7 @@ layouts! {
         snat_reply_first, snat_reply_last, reserved2, own_macs
     }
     SnatSlot { 0 }
+    Stopped { reason, service, tunnel, mtu, l3, l4, proto, reserved }
     Timeouts {
         tcp_syn, tcp_established, tcp_closing, udp_oneway, udp_replied, stamp, redecide, reserved
     }
@@ -90,7 +94,7 @@ layouts! {
 /// Name of the map; key; value; whether user space maps it into its memory; entries by default.
 type MapRow = (&'static str, &'static str, &'static str, bool, u32);
 
-const MAPS: [MapRow; 18] = [
+const MAPS: [MapRow; 21] = [
     (maps::SETTINGS, "u32", "Settings", false, 1),
     (maps::FRONTEND, "FrontendKey", "Frontend", false, maps::DEFAULT_FRONTENDS),
     (maps::MAGLEV, "u32", "u32", true, maps::DEFAULT_MAGLEV),
@@ -109,6 +113,9 @@ const MAPS: [MapRow; 18] = [
     (maps::BACKEND_STAT, "u32", "BackendCounter", false, maps::DEFAULT_BACKENDS),
     (maps::JUMP, "u32", "u32", false, JUMP_SLOTS),
     (maps::JUMP_TC, "u32", "u32", false, JUMP_SLOTS),
+    (maps::ANSWER, "u32", "AnswerCounter", false, AnswerKind::ALL.len() as u32),
+    (maps::BUCKET, "u32", "Bucket", false, Bucket::SOURCES),
+    (maps::BUCKET_CPU, "u32", "Bucket", false, 1),
 ];
 
 #[test]

@@ -276,7 +276,7 @@ fn control_reads_no_clock_no_file_and_no_environment() {
 
 #[test]
 fn datapath_counts_in_one_module_and_knows_no_kernel() {
-    let counters = ["reason_counter(", "service_counter(", "backend_counter("];
+    let counters = ["reason_counter(", "service_counter(", "backend_counter(", "answer_counter("];
     // `env.rs` declares them.
     let expected = BTreeSet::from(["account.rs".to_owned(), "env.rs".to_owned()]);
     assert_eq!(holders("xdp/datapath/src", &counters), expected);
@@ -298,15 +298,20 @@ fn one_crate_links_libbpf() {
 }
 
 /// Helper numbers and names (include/uapi/linux/bpf.h, `___BPF_FUNC_MAPPER`).
-const HELPERS: [(i32, &str); 12] = [
+const HELPERS: [(i32, &str); 17] = [
     (1, "bpf_map_lookup_elem"),
     (11, "bpf_l4_csum_replace"),
     (12, "bpf_tail_call"),
     (23, "bpf_redirect"),
+    (26, "bpf_skb_load_bytes"),
     (28, "bpf_csum_diff"),
+    (38, "bpf_skb_change_tail"),
     (39, "bpf_skb_pull_data"),
+    (43, "bpf_skb_change_head"),
     (44, "bpf_xdp_adjust_head"),
+    (50, "bpf_skb_adjust_room"),
     (54, "bpf_xdp_adjust_meta"),
+    (65, "bpf_xdp_adjust_tail"),
     (93, "bpf_spin_lock"),
     (94, "bpf_spin_unlock"),
     (118, "bpf_jiffies64"),

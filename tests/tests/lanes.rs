@@ -11,18 +11,18 @@ use sluice_tests::netns::with_kernel;
 use sluice_tests::packet::tag;
 use sluice_tests::world::{FAMILIES, Svc, World, dev};
 
-/// Sends a frame to the uplink of a node without the general program.
-fn send(frame: Vec<u8>) -> (Reason, Outcome) {
+/// Sends a frame to the uplink of a node without the program of a lane.
+fn send(lane: Lane, world: World, frame: Vec<u8>) -> (Reason, Outcome) {
     with_kernel(move |kernel| {
-        take_away(kernel);
-        kernel.fill(&World::standard());
+        take_away(kernel, lane);
+        kernel.fill(&world);
         kernel.send(Hook::Xdp, dev::UPLINK, &frame)
     })
 }
 
-fn take_away(kernel: &mut Kernel) {
+fn take_away(kernel: &mut Kernel, lane: Lane) {
     let mut jump: ProgramArray<_> = kernel.map_mut(maps::JUMP).try_into().expect("programs");
-    match jump.clear_index(&Lane::General.slot(Hook::Xdp)) {
+    match jump.clear_index(&lane.slot(Hook::Xdp)) {
         Ok(()) => {}
         // Another test has.
         Err(MapError::KeyNotFound) => {}
@@ -35,7 +35,7 @@ fn take_away(kernel: &mut Kernel) {
 fn without_its_lane_a_tagged_frame_passes_untouched() {
     for family in FAMILIES {
         let frame = request(family, IPPROTO_UDP, Svc::LocalStack).tags(&[tag(0x8100, 42)]).bytes();
-        let (reason, outcome) = send(frame.clone());
+        let (reason, outcome) = send(Lane::General, World::standard(), frame.clone());
         assert_eq!((reason, outcome.code), (Reason::Vlan, code::XDP_PASS));
         assert_eq!(outcome.bytes, frame);
     }
@@ -46,7 +46,16 @@ fn without_its_lane_a_packet_that_outer_headers_must_sum_up_is_dropped() {
     let (service, _) = tunnel_service(Family::V6);
     let mut packet = request(Family::V4, IPPROTO_UDP, service);
     packet.no_checksum = true;
-    let (reason, outcome) = send(packet.bytes());
+    let (reason, outcome) = send(Lane::General, World::standard(), packet.bytes());
     assert_eq!((reason, outcome.code), (Reason::NoLane, code::XDP_DROP));
     assert_eq!(reason.kind(), VerdictKind::Drop);
+}
+
+#[test]
+fn without_its_lane_a_packet_that_is_to_be_answered_is_dropped_in_silence() {
+    for family in FAMILIES {
+        let frame = request(family, IPPROTO_UDP, Svc::Empty).bytes();
+        let (reason, outcome) = send(Lane::Answer, World::replacing(), frame);
+        assert_eq!((reason, outcome.code), (Reason::NoEndpoint, code::XDP_DROP));
+    }
 }

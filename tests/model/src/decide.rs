@@ -52,12 +52,12 @@ pub fn decide(
         reserved: 0,
     };
     let Some(frontend) = case.tables.frontends.get(&key) else {
-        return stop(Reason::NoService, 0);
+        return stop(nobody(case, request, origin), 0);
     };
     if case.tables.is_fail_safe(&key) {
         return stop(Reason::FailSafe, 0);
     }
-    if origin.for_mac.is_some_and(|mac| !case.tables.is_own_mac(case.ifindex, mac)) {
+    if is_for_another(case, origin) {
         return stop(Reason::OtherHost, 0);
     }
     let service = frontend.service;
@@ -94,6 +94,32 @@ pub fn decide(
     }
 }
 
+/// Whether the frame is another machine's.
+fn is_for_another(case: &Case<'_>, origin: &Origin) -> bool {
+    origin.for_mac.is_some_and(|mac| !case.tables.is_own_mac(case.ifindex, mac))
+}
+
+/// Why a packet to no Service stops. An address that is Services' alone has no other listener: where
+/// we are the proxy, its other ports are closed.
+fn nobody(case: &Case<'_>, request: Tuple, origin: &Origin) -> Reason {
+    let vip = case.tables.frontends.contains_key(&FrontendKey::address(request.dst.0));
+    if !case.tables.replace() || !vip {
+        Reason::NoService
+    } else if is_for_another(case, origin) {
+        Reason::OtherHost
+    } else if is_forged(case, request, origin) {
+        Reason::Martian
+    } else {
+        Reason::ClosedPort
+    }
+}
+
+/// Who is known by his interface is not forged; from a wire nobody speaks in our pods' names.
+fn is_forged(case: &Case<'_>, request: Tuple, origin: &Origin) -> bool {
+    !origin.own_pod && case.tables.pods.contains_key(&request.src.0)
+        || is_martian(request.src.0, request.dst.0)
+}
+
 /// Whether a packet may begin a connection, and between which backends it chooses.
 fn admit(
     case: &Case<'_>,
@@ -102,9 +128,7 @@ fn admit(
     flags: u8,
     origin: &Origin,
 ) -> Result<Extent, Reason> {
-    // Who is known by his interface is not forged; from a wire nobody speaks in our pods' names.
-    let forged = !origin.own_pod && case.tables.pods.contains_key(&request.src.0);
-    if forged || is_martian(request.src.0, request.dst.0) {
+    if is_forged(case, request, origin) {
         return Err(Reason::Martian);
     }
     if request.proto == IPPROTO_TCP && !may_begin(flags, case.tables.replace()) {

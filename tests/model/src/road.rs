@@ -168,7 +168,7 @@ pub fn to_stack(case: &Case<'_>, arrival: &Arrival, mut packet: Packet) -> Depar
 /// is the kernel's.
 ///
 /// # Errors
-/// `HopLimit`, `TableBroken` (pass); `NextHopUnresolved`, `TooBig` (drop).
+/// `TableBroken` (pass); `HopLimitExceeded`, `NextHopUnresolved`, `TooBig` (drop).
 pub fn leave(
     case: &Case<'_>,
     arrival: &Arrival,
@@ -183,7 +183,7 @@ pub fn leave(
     // Tags are of the wire that the packet leaves behind.
     packet.eth.tags.clear();
     if packet.hop_limit() <= 1 {
-        return Err(Reason::HopLimit);
+        return Err(Reason::HopLimitExceeded);
     }
     let hop = |index: u32, ip_len: usize| {
         let hop = case.tables.next_hops.get(&index).filter(|hop| hop.ifindex != 0);
@@ -220,7 +220,7 @@ pub fn leave(
 
 /// What the outer packet is longer than the inner one: IP, UDP, VXLAN and inner Ethernet headers
 /// (RFC 7348 section 5).
-fn overhead(vtep: &Vtep) -> usize {
+pub fn overhead(vtep: &Vtep) -> usize {
     8 + 8
         + Ethernet::LEN
         + match vtep.remote.family() {
@@ -230,7 +230,7 @@ fn overhead(vtep: &Vtep) -> usize {
 }
 
 /// The outer UDP source port that was chosen, from the range for it (RFC 7348 section 5).
-fn seen_outer_port(seen: &[u8]) -> u16 {
+pub fn seen_outer_port(seen: &[u8]) -> u16 {
     const RANGE: std::ops::RangeInclusive<u16> = 49_152..=65_535;
     let port = Packet::parse(seen).ok().and_then(|p| p.transport().ok()).map(|t| t.src);
     port.filter(|port| RANGE.contains(port)).unwrap_or(*RANGE.start())
@@ -253,7 +253,13 @@ pub fn seen_inner(seen: &[u8], exit: Exit) -> Option<Packet> {
 
 /// Outer headers (RFC 7348 section 5). Whatever followed the inner IP packet in its frame follows
 /// the outer one.
-fn encapsulate(vtep: &Vtep, eth: Ethernet, src_port: u16, inner: &Packet, seen: &[u8]) -> Vec<u8> {
+pub fn encapsulate(
+    vtep: &Vtep,
+    eth: Ethernet,
+    src_port: u16,
+    inner: &Packet,
+    seen: &[u8],
+) -> Vec<u8> {
     let inside = Packet { padding: Vec::new(), ..inner.clone() };
     let with = |checksum: u16| {
         let payload = datagram(vtep, src_port, checksum, &inside);

@@ -2,6 +2,7 @@
 
 use sluice_abi::{Mac, Reason};
 
+use crate::answer;
 use crate::decide::{Origin, begins_anew, decide, renew};
 use crate::icmp;
 use crate::packet::{Packet, Transport};
@@ -137,7 +138,7 @@ fn request(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Vec<Lawfu
     let decisions = decide(case, &state, tuple, transport, &origin);
     let send = |(state, answer): (State, Result<(), Stop>)| match answer {
         Ok(()) => vec![forward(packet, transport, state, tuple, true)],
-        Err(stop) => case.stop_in(stop, state),
+        Err(stop) => answer::stop_pod(case, packet, stop, state),
     };
     decisions.into_iter().flat_map(send).collect()
 }

@@ -2,6 +2,7 @@
 
 use sluice_abi::{Be32, Delivery, IPPROTO_UDP, Reason, VtepKey};
 
+use crate::answer;
 use crate::decide::{Origin, begins_anew, decide, renew};
 use crate::icmp;
 use crate::packet::{Ethernet, Packet, Transport, is_tag};
@@ -245,7 +246,7 @@ fn serve(case: &Case<'_>, arrival: &Arrival, transport: &Transport) -> Vec<Lawfu
         Err(stop) if stop.reason == Reason::NoService && arrival.tunnel != 0 => {
             case.stop_in(Reason::InnerNotLocal.into(), state)
         }
-        Err(stop) => case.stop_in(stop, state),
+        Err(stop) => answer::stop(case, arrival, None, stop, state),
     };
     decisions.into_iter().flat_map(send).collect()
 }
@@ -286,7 +287,10 @@ fn forward(
     let service = connection.service;
     match leave(case, arrival, packet, connection.forward, outer_port, &[]) {
         // The decision is kept; nothing was sent, so nothing was chosen for anybody to see.
-        Err(reason) => case.stop_in(Stop { reason, service }, before),
+        Err(reason) => {
+            let exit = Some(connection.forward);
+            answer::stop(case, arrival, exit, Stop { reason, service }, before)
+        }
         Ok(departure) => {
             connection.progress.advance(Direction::Forward, transport);
             let reason = match (arrival.tunnel != 0, connection.forward.is_remote()) {
@@ -320,7 +324,10 @@ fn reply(
     let [_, outer_port] = &mut connection.outer_ports;
     let tags = &connection.reply_tags;
     match leave(case, arrival, packet, connection.reply, outer_port, tags) {
-        Err(reason) => case.stop_in(Stop { reason, service }, before),
+        Err(reason) => {
+            let exit = Some(connection.reply);
+            answer::stop(case, arrival, exit, Stop { reason, service }, before)
+        }
         Ok(departure) => {
             connection.progress.advance(Direction::Reply, transport);
             let account = flow(connection, Direction::Reply, false);

@@ -78,3 +78,53 @@ pub struct BackendCounter {
     /// Connections decided towards it.
     pub new_flows: u64,
 }
+
+/// What is told to the sender of a packet that goes no further, or that asked us.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum AnswerKind {
+    /// ICMP: port unreachable (RFC 792 3/3, RFC 4443 1/4).
+    PortUnreachable = 0,
+    /// TCP: RST (RFC 9293 section 3.10.7.1).
+    Reset = 1,
+    /// ICMP: fragmentation needed (RFC 1191 3/4), packet too big (RFC 4443 2/0).
+    TooBig = 2,
+    /// ICMP: time exceeded in transit (RFC 792 11/0, RFC 4443 3/0).
+    TimeExceeded = 3,
+    /// ICMP: echo reply.
+    Echo = 4,
+}
+
+impl AnswerKind {
+    /// All kinds, in index order.
+    pub const ALL: [AnswerKind; 5] = [
+        AnswerKind::PortUnreachable,
+        AnswerKind::Reset,
+        AnswerKind::TooBig,
+        AnswerKind::TimeExceeded,
+        AnswerKind::Echo,
+    ];
+
+    /// The name in output and metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            AnswerKind::PortUnreachable => "port_unreachable",
+            AnswerKind::Reset => "reset",
+            AnswerKind::TooBig => "too_big",
+            AnswerKind::TimeExceeded => "time_exceeded",
+            AnswerKind::Echo => "echo",
+        }
+    }
+}
+
+/// Value of `sl_answer_v1` (PERCPU_ARRAY, index = [`AnswerKind`]), 16 bytes.
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct AnswerCounter {
+    /// Answers that were sent.
+    pub sent: u64,
+    /// Answers that were not sent: more than [`crate::Answers`] allows, or switched off.
+    pub limited: u64,
+}

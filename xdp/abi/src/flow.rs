@@ -196,7 +196,7 @@ impl Default for FlowSet {
     }
 }
 
-/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 520 bytes: what a decision needs beyond the
+/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 552 bytes: what a decision needs beyond the
 /// stack's 512 bytes. Nothing in it outlives a packet.
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -226,10 +226,36 @@ pub struct Scratch {
     pub begun: SnatSlot,
     /// Bytes of a packet on their way to a helper of the kernel.
     pub bytes: [u64; SCRATCH_BYTES as usize / 8],
+    /// The packet that is to be answered.
+    pub stopped: Stopped,
 }
 
 /// Size of [`Scratch::bytes`].
 pub const SCRATCH_BYTES: u32 = 256;
+
+/// Where a packet stopped, for the program that answers it. 32 bytes.
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Stopped {
+    /// The [`crate::Reason`].
+    pub reason: u32,
+    /// Service whose packet it is, 0 for none.
+    pub service: u32,
+    /// VTEP that the packet came from, 0 for a plain one.
+    pub tunnel: u32,
+    /// `TooBig`: the largest packet that the way out takes, in bytes.
+    pub mtu: u32,
+    /// Where the innermost IP header begins in the frame, in bytes.
+    pub l3: u32,
+    /// Where the transport header begins in the frame, in bytes.
+    pub l4: u32,
+    /// IP protocol number of the transport header.
+    pub proto: u32,
+    /// Zero.
+    pub reserved: u32,
+}
 
 /// What a decision needs to know beside the draft's tuple, tunnel and way back. 32 bytes.
 #[derive(
@@ -287,7 +313,7 @@ impl SnatSlot {
 
 const _: () = {
     assert!(size_of::<FlowRecord>() == 192);
-    assert!(size_of::<Scratch>() == 520);
+    assert!(size_of::<Scratch>() == 552);
     assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
     assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
     assert!(core::mem::offset_of!(FlowRecord, reply) == 128);

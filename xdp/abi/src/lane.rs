@@ -11,6 +11,8 @@ pub enum Lane {
     General = 0,
     /// ICMP: errors about connections, echo requests to a Service's address.
     Icmp = 1,
+    /// Packets that can go no further and whose sender is told so: ICMP errors, TCP resets.
+    Answer = 2,
 }
 
 /// Slots per hook of the TC hooks' array; room for growth.
@@ -27,6 +29,8 @@ pub const LANES: &[(Hook, Lane, &str)] = &[
     (Hook::Xdp, Lane::Icmp, "xdp_icmp"),
     (Hook::TcIngress, Lane::Icmp, "tc_in_icmp"),
     (Hook::TcEgress, Lane::Icmp, "tc_out_icmp"),
+    (Hook::Xdp, Lane::Answer, "xdp_answer"),
+    (Hook::TcIngress, Lane::Answer, "tc_in_answer"),
 ];
 
 impl Lane {

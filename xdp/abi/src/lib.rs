@@ -30,15 +30,17 @@ mod trap;
 
 pub use addr::{Addr, Be16, Be32, Family, Mac};
 pub use bench::{BENCH_MORE_WORDS, BENCH_RUN, BENCH_TARGETS, BENCH_WORDS, BenchRun, BenchTarget};
-pub use counters::{BackendCounter, Hook, ReasonCounter, ServiceCounter};
+pub use counters::{
+    AnswerCounter, AnswerKind, BackendCounter, Hook, ReasonCounter, ServiceCounter,
+};
 pub use flow::{
-    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SCRATCH_BYTES, Scratch, SnatSlot,
+    Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SCRATCH_BYTES, Scratch, SnatSlot, Stopped,
     flow_state, flow_tag, record_flags,
 };
 pub use lane::{JUMP_SLOTS, LANES, Lane};
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
 pub use settings::{
-    Answers, MAX_OWN_MACS, MAX_TUNNELS, OwnMac, Seeds, Settings, Timeouts, settings_flags,
+    Answers, Bucket, MAX_OWN_MACS, MAX_TUNNELS, OwnMac, Seeds, Settings, Timeouts, settings_flags,
 };
 pub use tables::{
     Backend, Delivery, Extent, Frontend, FrontendKey, NextHop, Pod, PodNet, Route, Tunnel, Vtep,

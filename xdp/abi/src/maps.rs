@@ -40,8 +40,15 @@ pub const JUMP: &str = "sl_jump_v1";
 /// PROG_ARRAY: the same for the TC programs.
 pub const JUMP_TC: &str = "sl_jumptc_v1";
 
+/// PERCPU_ARRAY [`crate::AnswerKind`] → [`crate::AnswerCounter`].
+pub const ANSWER: &str = "sl_answer_v1";
+/// ARRAY u32 → [`crate::Bucket`]: answers to one source, by a hash of its address. Programs only.
+pub const BUCKET: &str = "sl_bucket_v1";
+/// PERCPU_ARRAY of one [`crate::Bucket`]: answers of a CPU. Programs only.
+pub const BUCKET_CPU: &str = "sl_bucketcpu_v1";
+
 /// All maps, in the order in which user space creates and checks them.
-pub const ALL: [&str; 18] = [
+pub const ALL: [&str; 21] = [
     SETTINGS,
     FRONTEND,
     MAGLEV,
@@ -60,6 +67,9 @@ pub const ALL: [&str; 18] = [
     BACKEND_STAT,
     JUMP,
     JUMP_TC,
+    ANSWER,
+    BUCKET,
+    BUCKET_CPU,
 ];
 
 /// Reason counters of one hook; room for growth, so that a new reason moves nothing.

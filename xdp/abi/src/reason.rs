@@ -121,6 +121,8 @@ reasons! {
     49 Drop IcmpMalformed "icmp_malformed" "ICMP header or the packet that it quotes cut short";
     50 Drop IcmpDenied "icmp_denied" "ICMP redirect about a connection, or error about an error";
     51 Drop Ecn "ecn" "congestion was marked on a tunnelled packet whose sender does not know such marks (RFC 6040)";
+    52 Drop ClosedPort "closed_port" "a Service's address, but no Service has the port";
+    53 Drop HopLimitExceeded "hop_limit_exceeded" "hop limit would reach zero on the way to another node or a pod";
 }
 
 impl Reason {

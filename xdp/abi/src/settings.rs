@@ -37,6 +37,21 @@ pub struct Answers {
     pub cpu_burst: u16,
 }
 
+/// A token bucket of [`Answers`]: what it holds and low 32 bits of jiffies when it was last asked, in
+/// one word, so that two CPUs never pay with one token. 8 bytes; value of `sl_bucket_v1` (ARRAY,
+/// index = a hash of the source, up to [`Bucket::SOURCES`]) and of `sl_bucketcpu_v1` (PERCPU_ARRAY of
+/// one).
+#[derive(
+    Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(transparent)]
+pub struct Bucket(pub u64);
+
+impl Bucket {
+    /// Buckets of sources. A power of two.
+    pub const SOURCES: u32 = 1024;
+}
+
 /// Flow timeouts in jiffies (the kernel's tick; the agent measures its length).
 #[derive(
     Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,

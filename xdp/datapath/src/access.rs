@@ -38,6 +38,14 @@ pub unsafe trait Frame {
     /// Moves the first byte by `delta`: positive cuts bytes off, negative adds room (content
     /// undefined). False if there is no such room; the frame is then unchanged.
     fn adjust_head(&mut self, delta: i32) -> bool;
+    /// Cuts the last `bytes` off. False if that cannot be; the frame is then unchanged.
+    fn cut_tail(&mut self, bytes: u32) -> bool;
+    /// Takes the `len` bytes behind the IP header (20 bytes, 40 with IPv6) out where the kernel cuts no
+    /// tail that the transport header begins in; how many it took, else 0.
+    fn take_options_out(&mut self, len: u32) -> u32;
+    /// Whether the transport checksum at `offset` is still to be filled in behind us
+    /// (CHECKSUM_PARTIAL), so that what stands there is the pseudo header's sum.
+    fn is_checksum_pending(&mut self, offset: u32) -> bool;
     /// Leaves a note for TC ingress in front of the packet: hand it to interface `ifindex`.
     /// False if the driver has no room for it.
     fn hand_over_mark(&mut self, ifindex: u32) -> bool;

@@ -3,7 +3,9 @@
 use crate::env::Env;
 use crate::field;
 use crate::verdict::{Action, Direction, Verdict};
-use sluice_abi::{BackendCounter, Hook, ReasonCounter, ServiceCounter, maps};
+use sluice_abi::{
+    AnswerCounter, AnswerKind, BackendCounter, Hook, ReasonCounter, ServiceCounter, maps,
+};
 
 /// Counts a packet of `bytes` (as it arrived) under its reason, Service and backend.
 #[inline(always)]
@@ -53,5 +55,15 @@ pub fn account<E: Env>(env: &E, hook: Hook, verdict: &Verdict, bytes: u64) {
         if owner.new_flow {
             field!(c, BackendCounter, new_flows).add(1);
         }
+    }
+}
+
+/// Counts an answer: sent, or not (the limit).
+#[inline(always)]
+pub fn answer<E: Env>(env: &E, kind: AnswerKind, sent: bool) {
+    if let Some(c) = env.answer_counter(kind) {
+        let word =
+            if sent { field!(c, AnswerCounter, sent) } else { field!(c, AnswerCounter, limited) };
+        word.add(1);
     }
 }

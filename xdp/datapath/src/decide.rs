@@ -134,7 +134,7 @@ pub fn stashed(scratch: At<'_, Scratch>) -> Tuple {
 ///
 /// # Errors
 /// `NoService`, `FailSafe`, `OtherHost`, `MidFlow`, `NoEndpointPassed`, `Hairpin`, `TableBroken` (pass); `Martian`,
-/// `NoEndpoint`, `LocalPolicy`, `SnatExhausted`, `FlowTableFull` (drop).
+/// `NoEndpoint`, `ClosedPort`, `LocalPolicy`, `SnatExhausted`, `FlowTableFull` (drop).
 #[inline(always)]
 pub fn ask<'a, E: Env>(
     env: &'a E,
@@ -212,12 +212,13 @@ fn decide<E: Env>(
         proto: field!(draft, FlowRecord, proto).get(),
         reserved: 0,
     };
-    let frontend = env.frontend(&key).ok_or(Reason::NoService)?;
+    let Some(frontend) = env.frontend(&key) else {
+        return Err(nobody(env, settings, draft, ask, key.addr));
+    };
     if is_fail_safe(settings, &key) {
         return Err(Reason::FailSafe);
     }
-    let reply = field!(draft, FlowRecord, reply);
-    if !is_for_us(settings, field!(ask, Ask, uplink).get(), field!(reply, Exit, src_mac).get()) {
+    if !is_asked_here(settings, draft, ask) {
         return Err(Reason::OtherHost);
     }
     put!(draft, service, field!(frontend, Frontend, service).get());
@@ -253,6 +254,40 @@ fn decide<E: Env>(
     }
 }
 
+/// Why a packet to no Service stops. An address that is Services' alone has no other listener, so in
+/// mode `replace` its other ports are closed, and the sender is told so.
+///
+/// # Cost
+/// In mode `replace` a hash lookup.
+#[inline(always)]
+fn nobody<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    draft: At<'_, FlowRecord>,
+    ask: At<'_, Ask>,
+    addr: Addr,
+) -> Reason {
+    let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
+    if !replace || env.frontend(&FrontendKey::address(addr)).is_none() {
+        Reason::NoService
+    } else if !is_asked_here(settings, draft, ask) {
+        Reason::OtherHost
+    } else if is_forged(env, draft, ask) {
+        Reason::Martian
+    } else {
+        Reason::ClosedPort
+    }
+}
+
+/// Whether the source cannot be what it says. A pod of this node does not speak to us over the wire:
+/// its requests are decided at TC.
+#[inline(always)]
+fn is_forged<E: Env>(env: &E, draft: At<'_, FlowRecord>, ask: At<'_, Ask>) -> bool {
+    let wire = field!(ask, Ask, snat).get() != 0;
+    is_martian(&Tuple::of_request(draft))
+        || wire && env.pod(&field!(draft, FlowRecord, client).get()).is_some()
+}
+
 /// Whether the packet may begin a flow to this frontend, and between which backends it chooses.
 #[inline(always)]
 fn admit<E: Env>(
@@ -262,11 +297,7 @@ fn admit<E: Env>(
     draft: At<'_, FlowRecord>,
     ask: At<'_, Ask>,
 ) -> Result<Extent, Reason> {
-    // A pod of this node does not speak to us over the wire: its requests are decided at TC.
-    let wire = field!(ask, Ask, snat).get() != 0;
-    if is_martian(&Tuple::of_request(draft))
-        || wire && env.pod(&field!(draft, FlowRecord, client).get()).is_some()
-    {
+    if is_forged(env, draft, ask) {
         return Err(Reason::Martian);
     }
     let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
@@ -474,6 +505,13 @@ fn is_fail_safe(settings: At<'_, Settings>, key: &FrontendKey) -> bool {
         }
     }
     false
+}
+
+/// Whether the asking frame is for this node.
+#[inline(always)]
+fn is_asked_here(settings: At<'_, Settings>, draft: At<'_, FlowRecord>, ask: At<'_, Ask>) -> bool {
+    let reply = field!(draft, FlowRecord, reply);
+    is_for_us(settings, field!(ask, Ask, uplink).get(), field!(reply, Exit, src_mac).get())
 }
 
 /// Whether a frame with this destination is for this node. A switch that has forgotten where a MAC

@@ -114,6 +114,17 @@ pub fn write<F: Frame>(
     };
     field!(eth, Ethernet, dst).copy_from(dst_mac);
     field!(eth, Ethernet, src).copy_from(src_mac);
+    write_behind_macs(view, eth, vtep, inside)
+}
+
+/// The same but for the Ethernet addresses. `eth` is where `view` begins.
+#[inline(always)]
+pub fn write_behind_macs(
+    view: View<'_>,
+    eth: At<'_, Ethernet>,
+    vtep: At<'_, Vtep>,
+    inside: &Inside,
+) -> bool {
     let ip = view.skip(size_of::<Ethernet>());
     if is_v4(vtep) {
         field!(eth, Ethernet, ethertype).set(ETHERTYPE_IPV4);

@@ -4,8 +4,9 @@ use crate::access::At;
 use crate::decide::Answer;
 use crate::tcp::Segment;
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, NextHop, Pod, ReasonCounter,
-    Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    FrontendKey, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel,
+    Vtep, VtepKey,
 };
 
 /// Tables and helpers: maps in the kernel, vectors on the host. `None` is "no such entry".
@@ -59,4 +60,10 @@ pub trait Env {
     fn service_counter(&self, service: u32) -> Option<At<'_, ServiceCounter>>;
     /// Counters of a backend of this CPU.
     fn backend_counter(&self, backend: u32) -> Option<At<'_, BackendCounter>>;
+    /// Counter of answers of this CPU.
+    fn answer_counter(&self, kind: AnswerKind) -> Option<At<'_, AnswerCounter>>;
+    /// Bucket of answers to the sources of hash `index`.
+    fn source_bucket(&self, index: u32) -> Option<At<'_, Bucket>>;
+    /// Bucket of answers of this CPU.
+    fn cpu_bucket(&self) -> Option<At<'_, Bucket>>;
 }

@@ -5,7 +5,7 @@
 //! clients that share a set; one who controls a single client can fill only that client's set.
 
 use crate::flow::Tuple;
-use sluice_abi::{Addr, Be16, flow_tag};
+use sluice_abi::{Addr, Be16, Family, flow_tag};
 
 const K1: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 / golden ratio, odd
 const K2: u64 = 0xd6e8_feb8_6659_fd93; // from the rrmxmx mixer, odd
@@ -78,6 +78,15 @@ pub fn backend_choice(seed: u64, tuple: &Tuple) -> u32 {
 #[inline(always)]
 pub fn scale(hash: u32, size: u32) -> u32 {
     ((hash as u64 * size as u64) >> 32) as u32
+}
+
+/// Which token bucket pays for answers to `source`: one for each IPv4 address, one for each IPv6
+/// network of 64 bits, of which a single host may have every address.
+#[inline(always)]
+pub fn answer_bucket(seed: u64, source: Addr) -> u32 {
+    let w = source.words64();
+    let low = if source.family() == Family::V4 { w[1] } else { 0 };
+    (mix(mix(seed, w[0], K3), low, K2) >> 16) as u32
 }
 
 /// Which of the slots of a SNAT port a backend uses.

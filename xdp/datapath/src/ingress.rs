@@ -2,6 +2,7 @@
 
 use crate::access::{At, Frame, View};
 use crate::account::account;
+use crate::answer;
 use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
@@ -306,8 +307,13 @@ fn serve<'e, P: Form, E: Env>(
         check_tunnel(&found, origin.tunnel)?;
         (Decided { found, new: false }, Direction::Reply)
     } else {
-        let decided = decide::ask(env, scratch, transport.flags, origin, request);
-        (decided.map_err(|stop| nobodys(stop, origin))?, Direction::Forward)
+        match decide::ask(env, scratch, transport.flags, origin, request) {
+            Ok(decided) => (decided, Direction::Forward),
+            Err(stop) => {
+                answer::note(scratch, packet, origin.tunnel, stop);
+                return Err(nobodys(stop, origin));
+            }
+        }
     };
     replay_flow::<P, E>(
         env, settings, scratch, packet, transport, &decided, direction, origin, port,
@@ -414,6 +420,7 @@ fn replay_flow<'e, P: Form, E: Env>(
     };
     let door = replay::open(env, exit, packet, origin.tunnel);
     if let Some(reason) = door.closed {
+        answer::note(scratch, packet, origin.tunnel, stop(reason));
         return Err(stop(reason));
     }
     let tagged = is_tagged(r, is_reply, &door);

@@ -23,6 +23,7 @@
 #[expect(unsafe_code, reason = "the one access module; its contract is its module doc")]
 pub mod access;
 pub mod account;
+pub mod answer;
 pub mod csum;
 pub mod decide;
 pub mod encap;
@@ -31,6 +32,7 @@ pub mod flow;
 pub mod hash;
 pub mod icmp;
 pub mod ingress;
+pub mod limit;
 pub mod parse;
 pub mod replay;
 pub mod tc;

@@ -90,7 +90,7 @@ impl Form for Plain {
         match reason {
             Reason::Vlan | Reason::IpOptions | Reason::NoLane => Some(Lane::General),
             Reason::Icmp => Some(Lane::Icmp),
-            _ => None,
+            _ => answered(reason),
         }
     }
 }
@@ -100,7 +100,22 @@ impl Form for General {
 
     #[inline(always)]
     fn lane(reason: Reason) -> Option<Lane> {
-        (reason == Reason::Icmp).then_some(Lane::Icmp)
+        match reason {
+            Reason::Icmp => Some(Lane::Icmp),
+            _ => answered(reason),
+        }
+    }
+}
+
+/// What the sender is told of. Whoever stops for such a reason leaves a note
+/// ([`answer::note`](crate::answer::note)).
+#[inline(always)]
+fn answered(reason: Reason) -> Option<Lane> {
+    match reason {
+        Reason::NoEndpoint | Reason::ClosedPort | Reason::TooBig | Reason::HopLimitExceeded => {
+            Some(Lane::Answer)
+        }
+        _ => None,
     }
 }
 

@@ -15,7 +15,7 @@ use crate::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ipv4, Ipv6, Ports, T
 use core::mem::offset_of;
 use sluice_abi::{
     Addr, Be16, Be32, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod,
-    Reason, Scratch, Settings, Timeouts, Tunnel, Vtep, flow_state,
+    Reason, Scratch, Settings, Stopped, Timeouts, Tunnel, Vtep, flow_state,
 };
 
 /// A parsed packet inside its frame.
@@ -281,7 +281,8 @@ impl<'e> Door<'e> {
 /// Looks a way out up. Nothing has been written yet.
 ///
 /// # Closed
-/// `HopLimit`, `TableBroken` (pass); `NextHopUnresolved`, `TooBig` (drop).
+/// `TableBroken` (pass); `HopLimitExceeded`, `NextHopUnresolved`, `TooBig` (drop). What a packet that
+/// is too big may have is left for its answer.
 #[inline(always)]
 pub fn open<'e, E: Env>(
     env: &'e E,
@@ -294,25 +295,29 @@ pub fn open<'e, E: Env>(
         return Door::stack(if packet.cut == 0 { 0 } else { tunnel_device(env, tunnel) });
     }
     if packet.ip.hop_limit <= 1 {
-        return Door::closed(Reason::HopLimit);
+        return Door::closed(Reason::HopLimitExceeded);
     }
     let index = field!(exit, Exit, index).get();
     if kind == ExitKind::Frame as u8 {
         return Door::frame(index, field!(exit, Exit, dst_mac), field!(exit, Exit, src_mac));
     }
-    let (hop, vtep, size) = if kind == ExitKind::Tunnel as u8 {
+    let (hop, vtep, outer) = if kind == ExitKind::Tunnel as u8 {
         let Some(vtep) = env.vtep(index) else { return Door::closed(Reason::TableBroken) };
-        let outer = encap::outer_len(vtep);
-        (field!(vtep, Vtep, nexthop).get(), Some(vtep), packet.ip.len + outer)
+        (field!(vtep, Vtep, nexthop).get(), Some(vtep), encap::outer_len(vtep))
     } else {
-        (index, None, packet.ip.len)
+        (index, None, 0)
     };
     let Some(hop) = env.next_hop(hop) else { return Door::closed(Reason::NextHopUnresolved) };
     let ifindex = field!(hop, NextHop, ifindex).get();
     if ifindex == 0 {
         return Door::closed(Reason::NextHopUnresolved);
     }
-    if size > field!(hop, NextHop, mtu).get() {
+    let mtu = field!(hop, NextHop, mtu).get();
+    if packet.ip.len + outer > mtu {
+        if let Some(scratch) = env.scratch() {
+            let stopped = field!(scratch, Scratch, stopped);
+            field!(stopped, Stopped, mtu).set(mtu.saturating_sub(outer));
+        }
         return Door::closed(Reason::TooBig);
     }
     let door = Door::frame(ifindex, field!(hop, NextHop, dst_mac), field!(hop, NextHop, src_mac));

@@ -12,6 +12,7 @@
 
 use crate::access::{At, Frame, View};
 use crate::account::account;
+use crate::answer;
 use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
@@ -275,7 +276,13 @@ fn pod_request<'e, E: Env>(
     };
     let decided = match request {
         Some(found) if !decide::is_stale(env, settings, &found) => Decided { found, new: false },
-        _ => decide::ask(env, scratch, transport.flags, &origin, request)?,
+        _ => match decide::ask(env, scratch, transport.flags, &origin, request) {
+            Ok(decided) => decided,
+            Err(stop) => {
+                answer::note(scratch, packet, 0, stop);
+                return Err(stop);
+            }
+        },
     };
     let found = &decided.found;
     let rewrite = Rewrite::request(found.record);

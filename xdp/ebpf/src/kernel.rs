@@ -5,8 +5,9 @@ use crate::trap;
 use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::{bpf_jiffies64, generated};
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, NextHop, Pod, ReasonCounter,
-    Scratch, ServiceCounter, Settings, SnatSlot, Trap, Tunnel, Vtep, VtepKey,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    FrontendKey, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Trap,
+    Tunnel, Vtep, VtepKey,
 };
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};
@@ -149,5 +150,17 @@ impl Env for Kernel {
     #[inline(always)]
     fn backend_counter(&self, backend: u32) -> Option<At<'_, BackendCounter>> {
         at!(sl_bestat_v1.get_ptr_mut(backend))
+    }
+    #[inline(always)]
+    fn answer_counter(&self, kind: AnswerKind) -> Option<At<'_, AnswerCounter>> {
+        at!(sl_answer_v1.get_ptr_mut(kind as u32))
+    }
+    #[inline(always)]
+    fn source_bucket(&self, index: u32) -> Option<At<'_, Bucket>> {
+        at!(sl_bucket_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn cpu_bucket(&self) -> Option<At<'_, Bucket>> {
+        at!(sl_bucketcpu_v1.get_ptr_mut(0))
     }
 }

@@ -8,6 +8,7 @@
 //! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
 //! | `*_general`  | both | reached by a tail call from the above: headers of any length    |
 //! | `*_icmp`     | both | reached by a tail call from all the above: ICMP                 |
+//! | `*_answer`   | both | reached by a tail call: ICMP errors and resets                  |
 //! | `xdp_pass`   | XDP  | the far end of a veth that must receive redirected frames       |
 //! | `xdp_clock`  | –    | run by the agent only: how long is a jiffy?                     |
 //!
@@ -28,10 +29,10 @@ use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
 use skb::{GENERAL_HEADERS, HEADERS, ICMP_HEADERS};
-use sluice_abi::Trap;
+use sluice_abi::{Hook, Trap};
 use sluice_datapath::parse::{Form, General, Plain};
 use sluice_datapath::verdict::Action;
-use sluice_datapath::{icmp, ingress, tc};
+use sluice_datapath::{answer, icmp, ingress, tc};
 
 /// `BPF_F_INGRESS` (kernel include/uapi/linux/bpf.h).
 const BPF_F_INGRESS: u64 = 1;
@@ -73,6 +74,17 @@ fn leave(action: Action) -> u32 {
             XDP_REDIRECT => XDP_REDIRECT,
             _ => XDP_DROP,
         },
+    }
+}
+
+/// Answers what `xdp_node` and `xdp_general` cannot let go on.
+#[xdp]
+pub fn xdp_answer(ctx: XdpContext) -> u32 {
+    let mut frame = xdp::XdpFrame::new(ctx.ctx);
+    match answer::answer(&Kernel, &mut frame, Hook::Xdp).action {
+        Action::Transmit => XDP_TX,
+        Action::Drop => XDP_DROP,
+        _ => XDP_PASS,
     }
 }
 
@@ -132,6 +144,16 @@ pub fn tc_out_icmp(ctx: TcContext) -> i32 {
         return TC_NEXT;
     }
     exit(icmp::tc_egress(&Kernel, &mut frame).action)
+}
+
+/// Answers what `tc_ingress` and `tc_in_general` cannot let go on.
+#[classifier]
+pub fn tc_in_answer(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(GENERAL_HEADERS) {
+        return TC_NEXT;
+    }
+    exit(answer::answer(&Kernel, &mut frame, Hook::TcIngress).action)
 }
 
 #[inline(always)]

@@ -6,8 +6,9 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_spin_lock};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, JUMP_SLOTS, NextHop, Pod,
-    ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    FrontendKey, Hook, JUMP_SLOTS, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings,
+    SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 /// A `bpf_spin_lock` as the kernel's BTF wants it: a field of that type in the map's value.
@@ -65,6 +66,12 @@ pub static sl_svcstat_v1: PerCpuArray<ServiceCounter, { maps::DEFAULT_SERVICES a
 #[btf_map]
 pub static sl_bestat_v1: PerCpuArray<BackendCounter, { maps::DEFAULT_BACKENDS as usize }> =
     PerCpuArray::new();
+#[btf_map]
+pub static sl_answer_v1: PerCpuArray<AnswerCounter, { AnswerKind::ALL.len() }> = PerCpuArray::new();
+#[btf_map]
+pub static sl_bucket_v1: Array<Bucket, { Bucket::SOURCES as usize }> = Array::new();
+#[btf_map]
+pub static sl_bucketcpu_v1: PerCpuArray<Bucket, 1> = PerCpuArray::new();
 #[btf_map]
 pub static sl_jump_v1: ProgramArray<{ JUMP_SLOTS as usize }> = ProgramArray::new();
 #[btf_map]

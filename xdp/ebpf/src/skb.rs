@@ -1,9 +1,13 @@
 //! A packet at a TC hook.
 
 use crate::maps::sl_jumptc_v1;
-use crate::xdp::{HAND_OVER_MAGIC, HandOver};
+use crate::xdp::{HAND_OVER_MAGIC, HandOver, sum_up};
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::{bpf_l4_csum_replace, bpf_skb_pull_data};
+use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
+use aya_ebpf::helpers::{
+    bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
+    bpf_skb_pull_data,
+};
 use aya_ebpf::programs::TcContext;
 use sluice_abi::{Hook, Lane};
 use sluice_datapath::access::Frame;
@@ -13,6 +17,8 @@ use sluice_datapath::parse::{MAX_EXTENSION_BYTES, TAG_LEN};
 const BPF_F_PSEUDO_HDR: u64 = 1 << 4;
 /// `BPF_F_MARK_MANGLED_0`: a UDP checksum of zero means none (RFC 768).
 const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
+/// Behind the IP header (kernel include/uapi/linux/bpf.h, `enum bpf_adj_room_mode`).
+const BPF_ADJ_ROOM_NET: u32 = 0;
 /// Ethernet, IPv6 and TCP without options: what must lie in the linear part.
 pub const HEADERS: u32 = 14 + 40 + 20;
 /// The same with everything that the general form follows.
@@ -75,8 +81,42 @@ unsafe impl Frame for SkbFrame {
         unsafe { (&raw const (*self.0).len).read_volatile() as usize }
     }
     #[inline(always)]
-    fn adjust_head(&mut self, _delta: i32) -> bool {
-        false
+    fn adjust_head(&mut self, delta: i32) -> bool {
+        // More room only: the kernel has no other.
+        // SAFETY: the context is valid while the program runs.
+        delta < 0 && unsafe { bpf_skb_change_head(self.0, delta.wrapping_neg() as u32, 0) == 0 }
+    }
+    #[inline(always)]
+    fn cut_tail(&mut self, bytes: u32) -> bool {
+        let len = self.packet_len() as u32;
+        // SAFETY: as above.
+        bytes < len && unsafe { bpf_skb_change_tail(self.0, len - bytes, 0) == 0 }
+    }
+    #[inline(always)]
+    fn take_options_out(&mut self, len: u32) -> u32 {
+        let by = (len as i32).wrapping_neg();
+        // SAFETY: as above.
+        let taken = unsafe { bpf_skb_adjust_room(self.0, by, BPF_ADJ_ROOM_NET, 0) == 0 };
+        if taken { len } else { 0 }
+    }
+    #[inline(always)]
+    fn is_checksum_pending(&mut self, offset: u32) -> bool {
+        let Some(field) = self.view().skip(offset as usize & 0x1ff).at::<u16>() else {
+            return false;
+        };
+        let old = field.get();
+        // What a pseudo header does not change is left out of a checksum that is still to be filled
+        // in (net/core/utils.c, inet_proto_csum_replace_by_diff).
+        // SAFETY: as above.
+        if unsafe { bpf_l4_csum_replace(self.0, offset, 0, 1, 0) } != 0 {
+            return false;
+        }
+        let Some(field) = self.view().skip(offset as usize & 0x1ff).at::<u16>() else {
+            return false;
+        };
+        let pending = field.get() == old;
+        field.set(old);
+        pending
     }
     #[inline(always)]
     fn hand_over_mark(&mut self, _ifindex: u32) -> bool {
@@ -94,8 +134,8 @@ unsafe impl Frame for SkbFrame {
         }
     }
     #[inline(always)]
-    fn sum(&self, _offset: u32, _len: u32) -> u16 {
-        0
+    fn sum(&self, offset: u32, len: u32) -> u16 {
+        sl_sumtc(self.0, offset, len) as u16
     }
     #[inline(always)]
     fn change_lane(&mut self, hook: Hook, lane: Lane) -> bool {
@@ -108,4 +148,14 @@ unsafe impl Frame for SkbFrame {
         // SAFETY: as in `start`.
         unsafe { (&raw const (*self.0).ifindex).read_volatile() }
     }
+}
+
+/// One's complement sum of `len` bytes of the packet from `offset` on, as `sl_sum`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sl_sumtc(ctx: *mut __sk_buff, offset: u32, len: u32) -> u64 {
+    sum_up(offset, len, |offset, bytes, len| {
+        // SAFETY: the context is valid while the program runs, `bytes` by the caller.
+        unsafe { bpf_skb_load_bytes(ctx.cast(), offset, bytes, len) == 0 }
+    })
 }

@@ -4,8 +4,9 @@ use crate::maps::{sl_jump_v1, sl_scratch_v1};
 use crate::trap;
 use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_xdp_load_bytes};
-use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta};
+use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
+use core::ffi::c_void;
 use sluice_abi::{Hook, Lane, SCRATCH_BYTES, Trap};
 use sluice_datapath::access::{Frame, opaque};
 use sluice_datapath::csum;
@@ -59,6 +60,19 @@ unsafe impl Frame for XdpFrame {
         unsafe { bpf_xdp_adjust_head(self.0, delta) == 0 }
     }
     #[inline(always)]
+    fn cut_tail(&mut self, bytes: u32) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { bpf_xdp_adjust_tail(self.0, (bytes as i32).wrapping_neg()) == 0 }
+    }
+    #[inline(always)]
+    fn take_options_out(&mut self, _len: u32) -> u32 {
+        0
+    }
+    #[inline(always)]
+    fn is_checksum_pending(&mut self, _offset: u32) -> bool {
+        false
+    }
+    #[inline(always)]
     fn hand_over_mark(&mut self, ifindex: u32) -> bool {
         const LEN: usize = size_of::<HandOver>();
         trap::count(Trap::AdjustMeta);
@@ -105,6 +119,16 @@ unsafe impl Frame for XdpFrame {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn sl_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u64 {
+    sum_up(offset, len, |offset, bytes, len| {
+        // SAFETY: the context is valid while the program runs, `bytes` by the caller.
+        unsafe { bpf_xdp_load_bytes(ctx, offset, bytes, len) == 0 }
+    })
+}
+
+/// Sums a packet up, chunk by chunk through the scratch room. `load` copies bytes of the packet (from
+/// where, whereto, how many) and says whether they are there.
+#[inline(always)]
+pub fn sum_up(offset: u32, len: u32, load: impl Fn(u32, *mut c_void, u32) -> bool) -> u64 {
     const CHUNK: u32 = SCRATCH_BYTES;
     let Some(scratch) = sl_scratch_v1.get_ptr_mut(0) else { return 0 };
     // SAFETY: a map value.
@@ -114,8 +138,11 @@ pub extern "C" fn sl_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u64 {
         if done + CHUNK > len {
             break;
         }
-        // SAFETY: the context is valid, `bytes` is CHUNK bytes long.
-        sum = match unsafe { add(ctx, offset + done, bytes.cast(), CHUNK, sum) } {
+        if !load(offset + done, bytes.cast(), CHUNK) {
+            return 0;
+        }
+        // SAFETY: `bytes` is CHUNK bytes long.
+        sum = match unsafe { add(bytes.cast(), sum) } {
             Some(sum) => sum,
             None => return 0,
         };
@@ -135,8 +162,11 @@ pub extern "C" fn sl_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u64 {
                 words.wrapping_add(i).write_volatile(0);
             }
         }
-        // SAFETY: as above; `rest` is below CHUNK.
-        sum = match unsafe { add(ctx, offset + done, bytes.cast(), rest, sum) } {
+        if !load(offset + done, bytes.cast(), rest) {
+            return 0;
+        }
+        // SAFETY: as above; zero from `rest` on.
+        sum = match unsafe { add(bytes.cast(), sum) } {
             Some(sum) => sum,
             None => return 0,
         };
@@ -144,18 +174,13 @@ pub extern "C" fn sl_sum(ctx: *mut xdp_md, offset: u32, len: u32) -> u64 {
     csum::Sum(sum as u64).fold() as u64
 }
 
-/// Adds `len` bytes at `offset` to `sum`, through the scratch room at `bytes`.
+/// Adds the scratch room at `bytes` to `sum`.
 ///
 /// # Safety
-/// `bytes` points to [`SCRATCH_BYTES`] bytes of a map value, zero from `len` on.
+/// `bytes` points to [`SCRATCH_BYTES`] bytes of a map value.
 #[inline(always)]
-unsafe fn add(ctx: *mut xdp_md, offset: u32, bytes: *mut u8, len: u32, sum: u32) -> Option<u32> {
-    // SAFETY: the context is valid while the program runs, `bytes` by the caller.
-    let loaded = unsafe { bpf_xdp_load_bytes(ctx, offset, bytes.cast(), len) };
-    if loaded != 0 {
-        return None;
-    }
-    // SAFETY: as above.
-    let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.cast(), SCRATCH_BYTES, sum) };
+unsafe fn add(bytes: *mut u32, sum: u32) -> Option<u32> {
+    // SAFETY: by the caller.
+    let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes, SCRATCH_BYTES, sum) };
     u32::try_from(sum).ok()
 }

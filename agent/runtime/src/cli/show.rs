@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use comfy_table::{Attribute, Cell, Color, Table, presets};
 use serde_json::{Value, json};
 use sluice_abi::{
-    Backend, Exit, ExitKind, Extent, IPPROTO_TCP, PodNet, Route, Settings, flow_state,
-    frontend_flags, record_flags, settings_flags,
+    AnswerCounter, Backend, Exit, ExitKind, Extent, IPPROTO_TCP, PodNet, Route, Settings,
+    flow_state, frontend_flags, record_flags, settings_flags,
 };
 use sluice_control::Names;
 
@@ -511,6 +511,7 @@ pub(super) fn counters(show: &Show) -> Result<(), CliError> {
     let names = run_dir.names()?;
     let counters = pins.counters()?;
     let reasons = counters.reasons()?;
+    let answers = counters.answers()?;
     let mut services = Vec::new();
     for (id, name) in &names.services {
         services.push((*id, name.clone(), counters.service(*id)?));
@@ -527,6 +528,11 @@ pub(super) fn counters(show: &Show) -> Result<(), CliError> {
                 "verdict": reason.kind().label(),
                 "packets": c.packets,
                 "bytes": c.bytes,
+            })).collect::<Vec<_>>(),
+            "answers": answers.iter().map(|(kind, c)| json!({
+                "answer": kind.label(),
+                "sent": c.sent,
+                "limited": c.limited,
             })).collect::<Vec<_>>(),
             "services": services.iter().map(|(id, name, c)| json!({
                 "service": name,
@@ -562,6 +568,18 @@ pub(super) fn counters(show: &Show) -> Result<(), CliError> {
     }
     print(&by_reason)?;
     out("\n")?;
+    if answers.iter().any(|(_, c)| *c != AnswerCounter::default()) {
+        let mut by_kind = table(&["ANSWER", "SENT", "NOT SENT"]);
+        for (kind, c) in &answers {
+            by_kind.add_row(vec![
+                kind.label().to_owned(),
+                c.sent.to_string(),
+                c.limited.to_string(),
+            ]);
+        }
+        print(&by_kind)?;
+        out("\n")?;
+    }
     let mut by_service =
         table(&["SERVICE", "CONNECTIONS", "PACKETS", "BYTES", "REPLIES", "REPLY BYTES", "DROPPED"]);
     for (_, name, c) in

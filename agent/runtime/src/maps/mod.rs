@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use sluice_abi::maps;
 use sluice_abi::{
-    Addr, Backend, BackendCounter, Frontend, FrontendKey, Hook, NextHop, Pod, REASONS, Reason,
-    ReasonCounter, ServiceCounter, Settings, Tunnel, Vtep, VtepKey,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Frontend, FrontendKey, Hook, NextHop,
+    Pod, REASONS, Reason, ReasonCounter, ServiceCounter, Settings, Tunnel, Vtep, VtepKey,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -199,6 +199,7 @@ impl Pins {
             reasons: self.per_cpu(maps::REASON)?,
             services: self.per_cpu(maps::SERVICE_STAT)?,
             backends: self.per_cpu(maps::BACKEND_STAT)?,
+            answers: self.per_cpu(maps::ANSWER)?,
         })
     }
 
@@ -344,6 +345,7 @@ pub struct Counters {
     reasons: PerCpuTable<ReasonCounter>,
     services: PerCpuTable<ServiceCounter>,
     backends: PerCpuTable<BackendCounter>,
+    answers: PerCpuTable<AnswerCounter>,
 }
 
 impl Counters {
@@ -389,6 +391,20 @@ impl Counters {
             sum.new_flows += cpu.new_flows;
         }
         Ok(sum)
+    }
+
+    /// Every kind of answer, zero ones too.
+    pub fn answers(&self) -> Result<Vec<(AnswerKind, AnswerCounter)>, MapsError> {
+        let mut rows = Vec::new();
+        for kind in AnswerKind::ALL {
+            let mut sum = AnswerCounter::default();
+            for cpu in self.answers.read(kind as u32)? {
+                sum.sent += cpu.sent;
+                sum.limited += cpu.limited;
+            }
+            rows.push((kind, sum));
+        }
+        Ok(rows)
     }
 
     /// Zeroes the counters of Service `id`, before the id is given to another Service.

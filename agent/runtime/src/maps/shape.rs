@@ -5,9 +5,9 @@
 
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
-    Addr, Backend, BackendCounter, FlowSet, Frontend, FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS,
-    NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep,
-    VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS, NextHop, Pod, ReasonCounter, Scratch,
+    ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 use super::{MapsError, Pins};
@@ -60,6 +60,9 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, BackendCounter>(maps::BACKEND_STAT, PerCpuArray, sizes.backends),
         shape::<u32, u32>(maps::JUMP, ProgramArray, JUMP_SLOTS),
         shape::<u32, u32>(maps::JUMP_TC, ProgramArray, JUMP_SLOTS),
+        shape::<u32, AnswerCounter>(maps::ANSWER, PerCpuArray, AnswerKind::ALL.len() as u32),
+        shape::<u32, Bucket>(maps::BUCKET, Array, Bucket::SOURCES),
+        shape::<u32, Bucket>(maps::BUCKET_CPU, PerCpuArray, 1),
     ]
 }
 

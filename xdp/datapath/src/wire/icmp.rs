@@ -44,3 +44,10 @@ pub const ICMPV6_PARAMETER: u8 = 4;
 pub const ICMPV6_ECHO: u8 = 128;
 /// Echo reply (RFC 4443 section 4.2).
 pub const ICMPV6_ECHO_REPLY: u8 = 129;
+
+/// Code of [`ICMP_UNREACHABLE`]: port unreachable (RFC 792).
+pub const ICMP_PORT_UNREACHABLE: u8 = 3;
+/// Code of [`ICMP_UNREACHABLE`]: fragmentation needed and DF set (RFC 1191 section 4).
+pub const ICMP_FRAGMENTATION_NEEDED: u8 = 4;
+/// Code of [`ICMPV6_UNREACHABLE`]: port unreachable (RFC 4443 section 3.1).
+pub const ICMPV6_PORT_UNREACHABLE: u8 = 4;

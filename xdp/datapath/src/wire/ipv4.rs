@@ -29,6 +29,8 @@ pub struct Ipv4 {
     pub dst: [u8; 4],
 }
 
+/// "Do not fragment".
+pub const DONT_FRAGMENT: u16 = 0x4000;
 /// "More fragments" and the offset: not zero in every fragment.
 pub const FRAGMENT_MASK: u16 = 0x3fff;
 
