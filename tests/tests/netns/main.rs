@@ -4,6 +4,7 @@
 //! Nothing here knows a map or a packet layout: what is asserted is what programs on the hosts see
 //! and what the `sluice` command prints.
 
+mod answers;
 mod bed;
 mod changes;
 mod demo;
