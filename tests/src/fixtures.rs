@@ -17,6 +17,7 @@ use crate::world::{Be, Svc, World, dev, ip, mac, size};
 
 mod answers;
 mod broken;
+mod fragments;
 mod general;
 mod icmp;
 mod passed;
@@ -282,6 +283,7 @@ pub fn all() -> Vec<Fixture> {
     tc::add(&mut table);
     general::add(&mut table);
     icmp::add(&mut table);
+    fragments::add(&mut table);
     passed::add(&mut table);
     stopped::add(&mut table);
     broken::add(&mut table);

@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
     FrontendKey, Hook, LANES, Lane, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings,
     SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
@@ -15,7 +15,8 @@ use sluice_datapath::access::{At, Frame};
 use sluice_datapath::csum::{Sum, update, update_udp};
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
-use sluice_datapath::parse::{General, Plain};
+use sluice_datapath::fragment;
+use sluice_datapath::parse::{General, Later, Plain};
 use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{answer, icmp, ingress, tc};
@@ -79,6 +80,7 @@ pub struct Host {
     flows: Table<FlowSet>,
     scratch: Table<Scratch>,
     snat: Table<SnatSlot>,
+    fragments: Table<Fragment>,
     reasons: Table<ReasonCounter>,
     services: Table<ServiceCounter>,
     backend_counters: Table<BackendCounter>,
@@ -126,6 +128,7 @@ impl Host {
             flows: Table::new(&[], sets, FlowSet::default()),
             scratch: Table::new(&[], 1, Scratch::default()),
             snat: Table::new(&[], size::SNAT_SLOTS, SnatSlot::FREE),
+            fragments: Table::new(&[], size::FRAGMENTS, Fragment::default()),
             reasons: Table::new(
                 &[],
                 maps::REASON_SLOTS * Hook::ALL.len() as u32,
@@ -163,6 +166,8 @@ impl Host {
                 (Lane::Icmp, Hook::TcIngress) => icmp::tc_ingress(self, &mut frame),
                 (Lane::Icmp, Hook::TcEgress) => icmp::tc_egress(self, &mut frame),
                 (Lane::Answer, hook) => answer::answer(self, &mut frame, hook),
+                (Lane::Fragment, Hook::Xdp) => ingress::xdp::<Later, _, _>(self, &mut frame),
+                (Lane::Fragment, hook) => tc::later(self, &mut frame, hook),
             };
         }
         assert!(!self.locked.get(), "a lock was kept");
@@ -204,6 +209,16 @@ impl Host {
     /// Writes an entry of the SNAT table.
     pub fn set_snat(&self, index: u32, slot: SnatSlot) {
         self.snat.0[index as usize].set(slot);
+    }
+
+    /// The table of fragmented packets.
+    pub fn fragments(&self) -> Vec<Fragment> {
+        self.fragments.values()
+    }
+
+    /// Writes an entry of the table of fragmented packets.
+    pub fn set_fragment(&self, index: u32, fragment: Fragment) {
+        self.fragments.0[index as usize].set(fragment);
     }
 
     /// Every SNAT slot of the standard world's range that is not free.
@@ -312,6 +327,12 @@ impl Env for Host {
     }
     fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>> {
         self.unlocked().snat.at(index)
+    }
+    fn fragment(&self, index: u32) -> Option<At<'_, Fragment>> {
+        self.unlocked().fragments.at(index)
+    }
+    fn note(&self) {
+        let _written = fragment::write(self.unlocked());
     }
     fn now(&self) -> u32 {
         self.unlocked();
@@ -422,6 +443,7 @@ unsafe impl Frame for HostFrame {
         low.set(b);
         true
     }
+    fn packet_sum(&mut self, _delta: u16) {}
     fn sum(&self, offset: u32, len: u32) -> u16 {
         let at = self.start + offset as usize;
         let Some(bytes) = self.buffer.get(at..at + len as usize) else { return 0 };

@@ -8,8 +8,8 @@ use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
 use sluice_abi::{
-    AnswerCounter, AnswerKind, BackendCounter, Bucket, FlowSet, Hook, ReasonCounter, Scratch,
-    ServiceCounter, Settings, SnatSlot, maps,
+    AnswerCounter, AnswerKind, BackendCounter, Bucket, FlowSet, Fragment, Hook, ReasonCounter,
+    Scratch, ServiceCounter, Settings, SnatSlot, maps,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -99,6 +99,7 @@ impl Kernel {
             .map_max_entries(maps::NEXTHOP, size::NEXT_HOPS)
             .map_max_entries(maps::SNAT, size::SNAT_SLOTS)
             .map_max_entries(maps::FLOW, flow_sets)
+            .map_max_entries(maps::FRAGMENT, size::FRAGMENTS)
             .load(object)
             .expect("the object loads");
         for (name, program) in ebpf.programs_mut() {
@@ -158,6 +159,9 @@ impl Kernel {
             if self.snat(index) != SnatSlot::FREE {
                 self.set_snat(index, SnatSlot::FREE);
             }
+        }
+        for index in 0..size::FRAGMENTS {
+            self.write(maps::FRAGMENT, index, Fragment::default());
         }
         self.clear_per_cpu::<Scratch>(maps::SCRATCH);
         if AnswerKind::ALL.iter().any(|kind| self.answer(*kind) != AnswerCounter::default()) {
@@ -388,7 +392,7 @@ impl Kernel {
     /// # Panics
     /// If there is no such entry.
     pub fn write<T: Value>(&mut self, map: &str, index: u32, value: T) {
-        if ![maps::FLOW, maps::SNAT, maps::BUCKET].contains(&map) {
+        if ![maps::FLOW, maps::SNAT, maps::BUCKET, maps::FRAGMENT].contains(&map) {
             self.filled = None;
         }
         let mut array: Array<_, Plain<T>> = self.map_mut(map).try_into().expect("an array");

@@ -67,6 +67,9 @@ pub struct Packet {
     pub no_checksum: bool,
     /// What follows the transport header.
     pub payload: Vec<u8>,
+    /// Which fragment of the packet this is: the identification, and which bytes behind the IP header
+    /// and extension headers; the first byte's number a multiple of eight.
+    pub piece: Option<(u32, std::ops::Range<usize>)>,
 }
 
 impl Packet {
@@ -93,6 +96,7 @@ impl Packet {
             extensions: Vec::new(),
             no_checksum: false,
             payload: b"an odd number of bytes".to_vec(),
+            piece: None,
         }
     }
 
@@ -159,6 +163,12 @@ impl Packet {
     /// The packet with extension headers.
     pub fn extensions(mut self, extensions: &[(u8, Vec<u8>)]) -> Self {
         self.extensions = extensions.to_vec();
+        self
+    }
+
+    /// A fragment of the packet.
+    pub fn piece(mut self, id: u32, bytes: std::ops::Range<usize>) -> Self {
+        self.piece = Some((id, bytes));
         self
     }
 
@@ -242,8 +252,9 @@ impl Packet {
     /// The extension headers, each with the number of the next.
     fn chain(&self) -> Vec<u8> {
         let mut chain = Vec::new();
+        let last = if self.piece.is_some() { FRAGMENT_HEADER } else { self.proto };
         for (i, (_, bytes)) in self.extensions.iter().enumerate() {
-            let next = self.extensions.get(i + 1).map_or(self.proto, |(number, _)| *number);
+            let next = self.extensions.get(i + 1).map_or(last, |(number, _)| *number);
             chain.push(next);
             chain.extend(&bytes[1..]);
         }
@@ -256,7 +267,15 @@ impl Packet {
     /// If the addresses are of two families.
     pub fn bytes(&self) -> Vec<u8> {
         assert_eq!(self.src.family(), self.dst.family());
-        let segment = self.segment();
+        let whole = self.segment();
+        let (mut id, mut offset, mut segment) =
+            (u32::from(self.id), self.fragment, whole.as_slice());
+        if let Some((number, piece)) = &self.piece {
+            let end = piece.end.min(whole.len());
+            let more = u16::from(end < whole.len());
+            segment = &whole[piece.start..end];
+            (id, offset) = (*number, (piece.start / 8) as u16 | more << 13);
+        }
         let mut frame = Vec::new();
         frame.extend(self.eth_dst.0);
         frame.extend(self.eth_src.0);
@@ -270,8 +289,8 @@ impl Packet {
                 let header_len = 20 + self.ip_options.len();
                 let mut header = vec![0x40 | (header_len / 4) as u8, self.class];
                 header.extend(((header_len + segment.len()) as u16).to_be_bytes());
-                header.extend(self.id.to_be_bytes());
-                header.extend(self.fragment.to_be_bytes());
+                header.extend((id as u16).to_be_bytes());
+                header.extend(offset.to_be_bytes());
                 header.extend([self.hop_limit, self.proto, 0, 0]);
                 header.extend(Ipv4Addr::from(self.src.v4_bytes()).octets());
                 header.extend(Ipv4Addr::from(self.dst.v4_bytes()).octets());
@@ -283,9 +302,17 @@ impl Packet {
             Family::V6 => {
                 frame.extend([0x86, 0xdd]);
                 frame.extend((6 << 28 | u32::from(self.class) << 20).to_be_bytes());
-                let chain = self.chain();
+                let mut chain = self.chain();
+                let first = if self.piece.is_some() {
+                    chain.extend([self.proto, 0]);
+                    chain.extend(((offset & 0x1fff) << 3 | offset >> 13).to_be_bytes());
+                    chain.extend(id.to_be_bytes());
+                    FRAGMENT_HEADER
+                } else {
+                    self.proto
+                };
                 frame.extend(((chain.len() + segment.len()) as u16).to_be_bytes());
-                let next = self.extensions.first().map_or(self.proto, |(number, _)| *number);
+                let next = self.extensions.first().map_or(first, |(number, _)| *number);
                 frame.extend([next, self.hop_limit]);
                 frame.extend(self.src.0);
                 frame.extend(self.dst.0);
@@ -296,6 +323,9 @@ impl Packet {
         frame
     }
 }
+
+/// The number of IPv6's fragment header (RFC 8200 section 4.5).
+const FRAGMENT_HEADER: u8 = 44;
 
 /// A VLAN tag (IEEE 802.1Q clause 9).
 pub const fn tag(ethertype: u16, control: u16) -> (u16, u16) {
@@ -363,9 +393,10 @@ pub fn l4_of(frame: &[u8]) -> usize {
         4 => l3 + (frame[l3] & 0xf) as usize * 4,
         6 => {
             let (mut next, mut at) = (frame[l3 + 6], l3 + 40);
-            while [0, 43, 60].contains(&next) {
+            while [0, 43, FRAGMENT_HEADER, 60].contains(&next) {
+                let len = if next == FRAGMENT_HEADER { 0 } else { frame[at + 1] as usize };
                 next = frame[at];
-                at += (frame[at + 1] as usize + 1) * 8;
+                at += (len + 1) * 8;
             }
             at
         }

@@ -425,6 +425,8 @@ pub mod size {
     pub const VTEP_SOURCES: u32 = 32;
     /// Entries of the next hops.
     pub const NEXT_HOPS: u32 = 16;
+    /// Entries of the table of fragmented packets.
+    pub const FRAGMENTS: u32 = 16;
     /// Flow sets of most tests: 64 connections.
     pub const FLOW_SETS: u32 = 4;
     /// First SNAT port.
@@ -590,7 +592,7 @@ fn settings() -> Settings {
         },
         snat_reply_first: size::SNAT_FIRST,
         snat_reply_last: size::SNAT_LAST,
-        reserved2: 0,
+        fragment_mask: size::FRAGMENTS - 1,
         own_macs: own_macs(&[(dev::UPLINK, mac::UPLINK), (dev::UPLINK_B, mac::UPLINK_B)]),
     }
 }

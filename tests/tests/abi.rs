@@ -9,9 +9,9 @@ use std::mem::offset_of;
 use object::{Object, ObjectSection};
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Answers, Ask, Backend, BackendCounter, Be16, Be32, Bucket,
-    Exit, Extent, FlowRecord, FlowSet, Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac, NextHop,
-    OwnMac, Pod, PodNet, ReasonCounter, Scratch, Seeds, ServiceCounter, Settings, SnatSlot,
-    Stopped, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Exit, Extent, FlowRecord, FlowSet, Fragment, Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac,
+    NextHop, OwnMac, Pod, PodNet, ReasonCounter, Scratch, Seeds, ServiceCounter, Settings,
+    SnatSlot, Stopped, Timeouts, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -60,6 +60,7 @@ layouts! {
         reserved2
     }
     FlowSet { tags, records }
+    Fragment { src, dst, id, proto, hook, part, fate, slot, tag, noted, seal }
     Frontend {
         service, flags, external, internal, affinity_seconds, reserved, reserved2
     }
@@ -69,7 +70,7 @@ layouts! {
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
     PodNet { net, mask }
     ReasonCounter { packets, bytes }
-    Scratch { draft, best, ask, taken, seq, ack, reserved, forgotten, begun, bytes, stopped }
+    Scratch { draft, best, ask, taken, seq, ack, reserved, forgotten, begun, bytes, stopped, fragment }
     Seeds { flow, cluster }
     ServiceCounter {
         forward_packets, forward_bytes, reply_packets, reply_bytes, new_flows, dropped_packets
@@ -77,7 +78,7 @@ layouts! {
     Settings {
         flags, epoch, seeds, timeouts, vxlan_ports, snat_first_port, snat_last_port, flow_set_mask,
         ticks_per_second, node_v4, node_v6, fail_safe_tcp, fail_safe_udp, answers,
-        snat_reply_first, snat_reply_last, reserved2, own_macs
+        snat_reply_first, snat_reply_last, fragment_mask, own_macs
     }
     SnatSlot { 0 }
     Stopped { reason, service, tunnel, mtu, l3, l4, proto, reserved }
@@ -94,7 +95,7 @@ layouts! {
 /// Name of the map; key; value; whether user space maps it into its memory; entries by default.
 type MapRow = (&'static str, &'static str, &'static str, bool, u32);
 
-const MAPS: [MapRow; 21] = [
+const MAPS: [MapRow; 22] = [
     (maps::SETTINGS, "u32", "Settings", false, 1),
     (maps::FRONTEND, "FrontendKey", "Frontend", false, maps::DEFAULT_FRONTENDS),
     (maps::MAGLEV, "u32", "u32", true, maps::DEFAULT_MAGLEV),
@@ -116,6 +117,7 @@ const MAPS: [MapRow; 21] = [
     (maps::ANSWER, "u32", "AnswerCounter", false, AnswerKind::ALL.len() as u32),
     (maps::BUCKET, "u32", "Bucket", false, Bucket::SOURCES),
     (maps::BUCKET_CPU, "u32", "Bucket", false, 1),
+    (maps::FRAGMENT, "u32", "Fragment", false, maps::DEFAULT_FRAGMENTS),
 ];
 
 #[test]

@@ -292,6 +292,8 @@ pub struct Maps {
     pub nexthops: u32,
     /// Sets of the flow table, 16 connections each.
     pub flow_sets: u32,
+    /// Fragmented packets under way at once.
+    pub fragments: u32,
 }
 
 /// `[timeouts]`.
@@ -538,6 +540,14 @@ impl Config {
                 "write a power of two; one set holds 16 connections and takes 3136 bytes",
             );
         }
+        if !self.maps.fragments.is_power_of_two() {
+            return fail(
+                "maps.fragments",
+                self.maps.fragments.to_string(),
+                "not a power of two",
+                "write a power of two; an entry takes 64 bytes",
+            );
+        }
         for (key, value) in [
             ("maps.frontends", self.maps.frontends),
             ("maps.backends", self.maps.backends),
@@ -687,6 +697,7 @@ mod tests {
     fn default_file_is_the_default() {
         let config = Config::default();
         assert_eq!(config.maps.flow_sets, sluice_abi::maps::DEFAULT_FLOW_SETS);
+        assert_eq!(config.maps.fragments, sluice_abi::maps::DEFAULT_FRAGMENTS);
         assert_eq!(config.maps.frontends, sluice_abi::maps::DEFAULT_FRONTENDS);
         assert_eq!(config.maps.backends, sluice_abi::maps::DEFAULT_BACKENDS);
         assert_eq!(config.maps.services, sluice_abi::maps::DEFAULT_SERVICES);
@@ -742,6 +753,7 @@ mod tests {
             ("[timeouts]\ntcp_syn = '5 parsecs'", ["5 parsecs", "unit"]),
             ("[timeouts]\nstamp = '1h'", ["timeouts.stamp", "1s"]),
             ("[maps]\nflow_sets = 5", ["maps.flow_sets = 5", "power of two"]),
+            ("[maps]\nfragments = 0", ["maps.fragments = 0", "power of two"]),
             ("[datapath]\nmode = 'fast'", ["fast", "native"]),
             ("[datapath]\nuplinks = ['[']", ["[", "shell"]),
             ("[snat]\nfirst_port = 40000\nlast_port = 300", ["40000", "16384"]),

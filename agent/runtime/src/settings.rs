@@ -86,6 +86,7 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
         cpu_burst: config.answers.burst_per_cpu,
     };
     settings.flow_set_mask = config.maps.flow_sets - 1;
+    settings.fragment_mask = config.maps.fragments - 1;
     settings.fail_safe_tcp = eight(&config.fail_safe.tcp);
     settings.fail_safe_udp = eight(&config.fail_safe.udp);
 }

@@ -33,7 +33,7 @@ mod tcp;
 mod xdp;
 
 pub use model::{Disagreement, Model, Seen};
-pub use packet::{Ethernet, Header, Packet, Transport};
+pub use packet::{Ethernet, Header, Packet, Transport, has_fragment};
 pub use road::{Account, Action, Direction, Outcome, Stop};
 pub use state::{Connection, Exit, State, Tuple};
 pub use tables::Tables;

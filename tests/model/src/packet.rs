@@ -454,6 +454,19 @@ impl Packet {
     }
 }
 
+/// Whether a frame is a fragment, or has one behind what may be VXLAN headers.
+pub fn has_fragment(frame: &[u8]) -> bool {
+    let Ok(packet) = Packet::parse(frame) else { return false };
+    if packet.is_fragment() {
+        return true;
+    }
+    packet.proto() == IPPROTO_UDP
+        && packet.payload.get(16..).is_some_and(|inner| {
+            let inner = [inner, &packet.padding].concat();
+            Packet::parse(&inner).is_ok_and(|inner| inner.is_fragment())
+        })
+}
+
 /// Two addresses as they stand in the headers.
 fn addresses(src: Addr, dst: Addr) -> Vec<u8> {
     match src.family() {

@@ -73,12 +73,14 @@ fn packets_in_sequence_are_lawful_on_host_and_kernel() {
 }
 
 /// Reasons that no sequence leads to, and why.
-const ELSEWHERE: [(&str, &str); 5] = [
+const ELSEWHERE: [(&str, &str); 7] = [
     ("head_room", "the driver's doing"),
     ("no_metadata", "the driver's doing"),
     ("flow_changed", "another CPU's doing"),
     ("flow_table_full", "takes sixteen clients of one set"),
     ("no_lane", "takes a program that is not in its place"),
+    ("fragment", "fragments are left out"),
+    ("fragment_orphan", "fragments are left out"),
 ];
 
 /// A property test that never gets where it matters cannot fail.

@@ -8,6 +8,7 @@ mod answers;
 mod bed;
 mod changes;
 mod demo;
+mod fragments;
 mod icmp;
 mod neighbours;
 mod objects;

@@ -12,7 +12,7 @@
 //! destination was rewritten (SNAT) finds its record through `sl_snat_v1`, indexed by the port.
 //! See docs/adr/0001-flow-table.md.
 
-use crate::{Addr, Be16, Be32, Mac};
+use crate::{Addr, Be16, Be32, Fragment, Mac};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
 
 /// Records per set.
@@ -196,7 +196,7 @@ impl Default for FlowSet {
     }
 }
 
-/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 552 bytes: what a decision needs beyond the
+/// The one value of `sl_scratch_v1` (PERCPU_ARRAY), 616 bytes: what a decision needs beyond the
 /// stack's 512 bytes. Nothing in it outlives a packet.
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -228,6 +228,8 @@ pub struct Scratch {
     pub bytes: [u64; SCRATCH_BYTES as usize / 8],
     /// The packet that is to be answered.
     pub stopped: Stopped,
+    /// What is known of the packet as a fragment. Of a whole packet, the part alone.
+    pub fragment: Fragment,
 }
 
 /// Size of [`Scratch::bytes`].
@@ -313,7 +315,7 @@ impl SnatSlot {
 
 const _: () = {
     assert!(size_of::<FlowRecord>() == 192);
-    assert!(size_of::<Scratch>() == 552);
+    assert!(size_of::<Scratch>() == 616);
     assert!(size_of::<FlowSet>() == 64 + FLOW_WAYS * 192);
     assert!(core::mem::offset_of!(FlowRecord, epoch) == 64);
     assert!(core::mem::offset_of!(FlowRecord, reply) == 128);

@@ -13,6 +13,8 @@ pub enum Lane {
     Icmp = 1,
     /// Packets that can go no further and whose sender is told so: ICMP errors, TCP resets.
     Answer = 2,
+    /// Fragments behind the first: they follow what it noted.
+    Fragment = 3,
 }
 
 /// Slots per hook of the TC hooks' array; room for growth.
@@ -31,6 +33,9 @@ pub const LANES: &[(Hook, Lane, &str)] = &[
     (Hook::TcEgress, Lane::Icmp, "tc_out_icmp"),
     (Hook::Xdp, Lane::Answer, "xdp_answer"),
     (Hook::TcIngress, Lane::Answer, "tc_in_answer"),
+    (Hook::Xdp, Lane::Fragment, "xdp_fragment"),
+    (Hook::TcIngress, Lane::Fragment, "tc_in_fragment"),
+    (Hook::TcEgress, Lane::Fragment, "tc_out_fragment"),
 ];
 
 impl Lane {

@@ -21,6 +21,7 @@ mod addr;
 mod bench;
 mod counters;
 mod flow;
+mod fragment;
 mod lane;
 pub mod maps;
 mod reason;
@@ -37,6 +38,7 @@ pub use flow::{
     Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SCRATCH_BYTES, Scratch, SnatSlot, Stopped,
     flow_state, flow_tag, record_flags,
 };
+pub use fragment::{Fragment, fragment_fate, fragment_part};
 pub use lane::{JUMP_SLOTS, LANES, Lane};
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
 pub use settings::{

@@ -39,6 +39,8 @@ pub const BACKEND_STAT: &str = "sl_bestat_v1";
 pub const JUMP: &str = "sl_jump_v1";
 /// PROG_ARRAY: the same for the TC programs.
 pub const JUMP_TC: &str = "sl_jumptc_v1";
+/// ARRAY u32 → [`crate::Fragment`]: what later fragments follow. Programs only.
+pub const FRAGMENT: &str = "sl_frag_v1";
 
 /// PERCPU_ARRAY [`crate::AnswerKind`] → [`crate::AnswerCounter`].
 pub const ANSWER: &str = "sl_answer_v1";
@@ -48,7 +50,7 @@ pub const BUCKET: &str = "sl_bucket_v1";
 pub const BUCKET_CPU: &str = "sl_bucketcpu_v1";
 
 /// All maps, in the order in which user space creates and checks them.
-pub const ALL: [&str; 21] = [
+pub const ALL: [&str; 22] = [
     SETTINGS,
     FRONTEND,
     MAGLEV,
@@ -70,6 +72,7 @@ pub const ALL: [&str; 21] = [
     ANSWER,
     BUCKET,
     BUCKET_CPU,
+    FRAGMENT,
 ];
 
 /// Reason counters of one hook; room for growth, so that a new reason moves nothing.
@@ -95,6 +98,9 @@ pub const DEFAULT_VTEP_SOURCES: u32 = 32_768;
 pub const DEFAULT_NEXTHOPS: u32 = 8_192;
 /// Default number of [`crate::FlowSet`]s: 131,072 connections in 25 MB. A power of two.
 pub const DEFAULT_FLOW_SETS: u32 = 8_192;
+/// Default `max_entries` of [`FRAGMENT`]: fragmented packets that are under way at once, 64 bytes
+/// each. A power of two.
+pub const DEFAULT_FRAGMENTS: u32 = 8_192;
 
 /// Slots per SNAT port: one port serves so many connections whose backends hash differently.
 /// A power of two.

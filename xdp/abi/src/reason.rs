@@ -123,6 +123,7 @@ reasons! {
     51 Drop Ecn "ecn" "congestion was marked on a tunnelled packet whose sender does not know such marks (RFC 6040)";
     52 Drop ClosedPort "closed_port" "a Service's address, but no Service has the port";
     53 Drop HopLimitExceeded "hop_limit_exceeded" "hop limit would reach zero on the way to another node or a pod";
+    54 Drop FragmentOrphan "fragment_orphan" "later fragment to a Service or to our SNAT address whose first one was not seen";
 }
 
 impl Reason {

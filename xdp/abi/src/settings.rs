@@ -146,8 +146,8 @@ pub struct Settings {
     pub snat_reply_first: u16,
     /// Last port at which replies are looked for, inclusive, host order.
     pub snat_reply_last: u16,
-    /// Zero; room for growth.
-    pub reserved2: u32,
+    /// Mask of the index of `sl_frag_v1`: number of its entries minus one.
+    pub fragment_mask: u32,
     /// What the uplinks' frames for this node have as their destination. An uplink that is not
     /// named takes every frame for its own.
     pub own_macs: [OwnMac; MAX_OWN_MACS],

@@ -52,6 +52,8 @@ pub unsafe trait Frame {
     /// Adds `addresses` (pseudo header) and `ports` to the transport checksum at `offset` bytes
     /// from the start; `udp` keeps a zero checksum zero (RFC 768).
     fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool;
+    /// Adds `delta` to the sum of the packet's bytes, where a driver has told it (CHECKSUM_COMPLETE).
+    fn packet_sum(&mut self, delta: u16);
     /// Interface on which the packet arrived.
     fn ingress_ifindex(&self) -> u32;
     /// One's complement sum of `len` bytes from byte `offset` on, wherever they lie; 0 if they are
@@ -244,6 +246,7 @@ macro_rules! now {
         }
     };
 }
+now!(u8);
 now!(u32);
 now!(u64);
 

@@ -4,7 +4,7 @@ use crate::access::At;
 use crate::decide::Answer;
 use crate::tcp::Segment;
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
     FrontendKey, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel,
     Vtep, VtepKey,
 };
@@ -49,6 +49,10 @@ pub trait Env {
     fn unlock(&self, lock: Self::Lock);
     /// Owner of a SNAT port.
     fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>>;
+    /// What is known of a fragmented packet.
+    fn fragment(&self, index: u32) -> Option<At<'_, Fragment>>;
+    /// Runs [`write`](crate::fragment::write) on what stands in the scratch room.
+    fn note(&self);
     /// Low 32 bits of jiffies; no clock is read.
     fn now(&self) -> u32;
     /// `value`, of which the verifier knows nothing afterwards (it goes through memory): one way

@@ -62,6 +62,23 @@ impl FlowHash {
     }
 }
 
+/// Of what the fragments of one packet have in common.
+#[inline(always)]
+pub fn fragment(seed: u64, src: Addr, dst: Addr, id: u32, proto: u8, hook: u8) -> u64 {
+    let (s, d) = (src.words64(), dst.words64());
+    let h = mix(seed, s[0], K1);
+    let h = mix(h, s[1], K2);
+    let h = mix(h, d[0], K3);
+    let h = mix(h, d[1], K1);
+    mix(h, (id as u64) << 16 | (proto as u64) << 8 | hook as u64, K2)
+}
+
+/// Ties two more words to a hash; not zero.
+#[inline(always)]
+pub fn seal(hash: u64, a: u64, b: u64) -> u64 {
+    mix(mix(hash, a, K3), b, K1) | 1
+}
+
 /// Chooses the backend: the same on every node of a cluster for the same five-tuple.
 #[inline(always)]
 pub fn backend_choice(seed: u64, tuple: &Tuple) -> u32 {

@@ -160,7 +160,7 @@ fn plan<'e, E: Env>(
         if outer.ip.has_options() {
             return Err(Reason::IpOptions.into());
         }
-        let udp = parse::transport(outer.l3, &outer.ip)?;
+        let udp = parse::transport::<General, E>(env, outer.l3, &outer.ip)?;
         if !ingress::is_vxlan(settings, udp.dst) {
             return Err(Reason::Icmp.into());
         }
@@ -293,7 +293,7 @@ fn quote<'a, E: Env>(env: &E, packet: &Located<'_>, message: &Message<'a>) -> St
             return Err(Reason::IcmpMalformed.into());
         }
         let next = field!(at, Ipv6, next_header).get();
-        let Ok(chain) = parse::extensions(env, message.body, next, message.body_len) else {
+        let Ok(chain) = parse::extensions(env, None, message.body, next, message.body_len) else {
             return Err(Reason::Icmp.into());
         };
         (L3::V6(at), chain.proto, chain.header_len)

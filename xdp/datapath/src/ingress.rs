@@ -7,7 +7,9 @@ use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
-use crate::parse::{self, Form, Ip, Link, Transport};
+use crate::fragment;
+use crate::hash::FlowHash;
+use crate::parse::{self, Form, Ip, Later, Link, Transport};
 use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
 use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{
@@ -15,7 +17,8 @@ use crate::wire::{
 };
 use sluice_abi::{
     Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
-    Scratch, Settings, SnatSlot, Tunnel, Vtep, VtepKey, record_flags, settings_flags,
+    Scratch, Seeds, Settings, SnatSlot, Tunnel, VerdictKind, Vtep, VtepKey, fragment_fate,
+    record_flags, settings_flags,
 };
 
 /// Ethernet, UDP and VXLAN headers: the outer headers without the IP header.
@@ -25,9 +28,15 @@ const OUTER_OVERHEAD: usize = size_of::<Ethernet>() + size_of::<Udp>() + size_of
 #[inline(always)]
 pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     let bytes = frame.view().len() as u64;
+    if P::GENERAL {
+        fragment::clear(env);
+    }
     let verdict = match way::<P, E, F>(env, frame) {
         Ok(verdict) => verdict,
         Err(stop) => {
+            if P::GENERAL && !P::LATER && stop.reason.kind() == VerdictKind::Pass {
+                fragment::note_passed(env, Hook::Xdp);
+            }
             if let Some(lane) = P::lane(stop.reason)
                 && frame.change_lane(Hook::Xdp, lane)
             {
@@ -46,7 +55,11 @@ fn way<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
     if field!(settings, Settings, flags).get() & settings_flags::BYPASS != 0 {
         return Err(Reason::Bypass.into());
     }
-    let departure = plan::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?;
+    let departure = if P::LATER {
+        follow::<E>(env, settings, frame.view())?
+    } else {
+        plan::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?
+    };
     replay::leave::<P, F>(frame, &departure)
 }
 
@@ -62,7 +75,7 @@ fn plan<'e, P: Form, E: Env>(
     if field!(link.first, Ethernet, dst).get().is_group() {
         return Err(Reason::Group.into());
     }
-    let outer = parse::transport(link.l3, &ip)?;
+    let outer = parse::transport::<P, E>(env, link.l3, &ip)?;
     let mut packet = Located {
         outer: link.first,
         eth: link.last,
@@ -75,17 +88,12 @@ fn plan<'e, P: Form, E: Env>(
     let mut transport = outer;
     let mut tunnel = 0;
     if ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst) {
-        if ip.has_options() {
-            return Err(Reason::IpOptions.into());
-        }
-        let payload = link.l3.skip(ip.l3.header_len());
-        let (index, vtep, room) = source(env, settings, &ip, payload)?;
-        let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
-        packet = inside::<P, E>(env, &link, &ip, inner, vtep, room)?;
+        let index;
+        (index, packet) = open::<P, E>(env, settings, &link, &ip)?;
         if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
             return deliver::<P, E>(env, settings, &packet, pod, index);
         }
-        transport = parse::transport(packet.l3, &packet.ip)?;
+        transport = parse::transport::<P, E>(env, packet.l3, &packet.ip)?;
         tunnel = index;
     }
     if P::GENERAL {
@@ -106,6 +114,30 @@ fn plan<'e, P: Form, E: Env>(
         tags,
     };
     serve::<P, E>(env, settings, &packet, &transport, &origin)
+}
+
+/// The tunnel end, and the packet inside.
+///
+/// # Errors
+/// `Fragment`, `IpOptions` (pass), and those of [`source`] and [`inside`].
+#[inline(always)]
+fn open<'f, P: Form, E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    link: &Link<'f>,
+    ip: &Ip<'f>,
+) -> Step<(u32, Located<'f>)> {
+    if parse::is_first_fragment::<P, E>(env) {
+        // The kernel puts it together and opens it; what comes out is seen at its vxlan device.
+        return Err(Reason::Fragment.into());
+    }
+    if ip.has_options() {
+        return Err(Reason::IpOptions.into());
+    }
+    let payload = link.l3.skip(ip.l3.header_len());
+    let (index, vtep, room) = source(env, settings, ip, payload)?;
+    let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
+    Ok((index, inside::<P, E>(env, link, ip, inner, vtep, room)?))
 }
 
 #[inline(always)]
@@ -249,7 +281,10 @@ fn deliver<'e, P: Form, E: Env>(
         // Whether it is such a reply is told by ports that this form does not reach.
         return Err(Reason::IpOptions.into());
     }
-    let redirect = frames && !is_for_tc(env, settings, packet);
+    // A fragment may be a part of such a reply, too.
+    let redirect = frames
+        && !parse::is_first_fragment::<P, E>(env)
+        && !is_for_tc::<P, E>(env, settings, packet);
     let door = replay::open_pod(env, pod, redirect, packet, vtep);
     if let Some(reason) = door.closed {
         return Err(reason.into());
@@ -269,8 +304,8 @@ fn deliver<'e, P: Form, E: Env>(
 /// Whether the packet is the reply to a request that TC translated, or may concern one: an ICMP error.
 /// Both directions of what is neither TCP nor UDP go through the stack, whose conntrack sees both.
 #[inline(always)]
-fn is_for_tc<E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> bool {
-    let Ok(transport) = parse::transport(packet.l3, &packet.ip) else { return true };
+fn is_for_tc<P: Form, E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> bool {
+    let Ok(transport) = parse::transport::<P, E>(env, packet.l3, &packet.ip) else { return true };
     let Some(scratch) = env.scratch() else { return false };
     decide::stash(scratch, &packet.ip, &transport);
     let tuple = decide::stashed(scratch);
@@ -439,14 +474,131 @@ fn replay_flow<'e, P: Form, E: Env>(
     if !found.is_still_there() {
         return Err(stop(Reason::FlowChanged));
     }
+    if parse::is_first_fragment::<P, E>(env) {
+        fragment::note(env, scratch, Hook::Xdp, found, is_reply);
+    }
+    let reason = reason(is_reply, packet, exit);
+    Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner, ecn: 0 })
+}
+
+/// What a translated packet is counted as.
+#[inline(always)]
+fn reason(is_reply: bool, packet: &Located<'_>, exit: At<'_, Exit>) -> Reason {
     let remote = field!(exit, Exit, kind).get() >= ExitKind::Tunnel as u8;
-    let reason = match (is_reply, packet.cut != 0, remote) {
+    match (is_reply, packet.cut != 0, remote) {
         (true, _, _) => Reason::ReplyRemote,
         (false, false, false) => Reason::DnatLocal,
         (false, false, true) => Reason::DnatRemote,
         (false, true, false) => Reason::DecapDnatLocal,
         (false, true, true) => Reason::DecapDnatRemote,
+    }
+}
+
+/// A fragment behind the first: it goes where the first one went.
+///
+/// # Errors
+/// `Fragment` (pass); `FragmentOrphan`, `TunnelChanged`, `Martian`, `FlowChanged` (drop), and those
+/// of [`replay::open`].
+#[inline(always)]
+fn follow<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    view: View<'_>,
+) -> Step<Departure<'e>> {
+    let (link, ip) = parse::ethernet::<Later, E>(env, view)?;
+    if field!(link.first, Ethernet, dst).get().is_group() {
+        return Err(Reason::Group.into());
+    }
+    let (mut tunnel, mut cut, mut tags, mut ecn) = (0, 0, link.tags, 0);
+    let (mut v4, mut len, mut hop_limit) = (ip.l3.is_v4(), ip.len, ip.hop_limit);
+    if ip.opaque.is_none() {
+        let outer = parse::transport::<Later, E>(env, link.l3, &ip)?;
+        if ip.proto != IPPROTO_UDP || !is_vxlan(settings, outer.dst) {
+            return Err(Reason::Fragment.into());
+        }
+        let (vtep, inner) = open::<Later, E>(env, settings, &link, &ip)?;
+        (tunnel, cut, tags, ecn) = (vtep, inner.cut, inner.tags, inner.ecn);
+        (v4, len, hop_limit) = (inner.ip.l3.is_v4(), inner.ip.len, inner.ip.hop_limit);
+    }
+    let packet = replay::locate(env, view, v4, cut, tags, len, hop_limit, ecn)?;
+    let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+    let fate = fragment::find(env, settings, scratch, Hook::Xdp);
+    if fate != fragment_fate::REQUEST && fate != fragment_fate::REPLY {
+        let orphan = fate == fragment_fate::NONE && fragment::is_ours(env, &packet.ip.l3.dst());
+        return Err(if orphan { Reason::FragmentOrphan } else { Reason::Fragment }.into());
+    }
+    let is_reply = fate == fragment_fate::REPLY;
+    let Some(found) = fragment::record(env, scratch, is_reply) else {
+        return Err(Reason::FragmentOrphan.into());
     };
+    if is_reply {
+        check_tunnel(&found, tunnel)?;
+    } else {
+        check_request_tunnel(&found, tunnel)?;
+    }
+    replay_later(env, settings, &packet, &found, is_reply, tunnel)
+}
+
+/// A later fragment of a request comes the way that the first one came.
+///
+/// # Errors
+/// `TunnelChanged`, `Martian` (drop).
+#[inline(always)]
+fn check_request_tunnel(found: &Found<'_>, tunnel: u32) -> Step<()> {
+    let r = found.record;
+    let stop = |reason| Err(Stop { reason, service: field!(r, FlowRecord, service).get() });
+    if field!(r, FlowRecord, tunnel).get() != tunnel {
+        return stop(Reason::TunnelChanged);
+    }
+    let reply = field!(r, FlowRecord, reply);
+    if tunnel == 0 && field!(reply, Exit, kind).get() == ExitKind::Stack as u8 {
+        return stop(Reason::Martian);
+    }
+    Ok(())
+}
+
+/// Replays a record on a fragment without a transport header.
+#[inline(always)]
+fn replay_later<'e, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    packet: &Located<'_>,
+    found: &Found<'e>,
+    is_reply: bool,
+    tunnel: u32,
+) -> Step<Departure<'e>> {
+    let r = found.record;
+    let owner = Owner {
+        service: field!(r, FlowRecord, service).get(),
+        backend: field!(r, FlowRecord, backend_id).get(),
+        direction: if is_reply { Direction::Reply } else { Direction::Forward },
+        new_flow: false,
+    };
+    let stop = |reason| Stop { reason, service: owner.service };
+    let (exit, rewrite, port) = if is_reply {
+        let port = field!(r, FlowRecord, backend_port).get();
+        (field!(r, FlowRecord, reply), Rewrite::reply(r), port)
+    } else {
+        let port = field!(r, FlowRecord, client_port).get();
+        (field!(r, FlowRecord, forward), Rewrite::request(r), port)
+    };
+    let door = replay::open(env, exit, packet, tunnel);
+    if let Some(reason) = door.closed {
+        return Err(stop(reason));
+    }
+    let tagged = is_tagged(r, is_reply, &door);
+    let tags = tagged.then_some(field!(r, FlowRecord, reply_tags));
+    // The outer source port of the first one, so that all take the same way.
+    let seed = field!(field!(settings, Settings, seeds), Seeds, flow).get();
+    let proto = field!(r, FlowRecord, proto).get();
+    let port = FlowHash::new(seed, packet.ip.l3.src(), port, proto).outer_port();
+    packet.mark();
+    rewrite.write_addresses(&packet.ip, door.takes_hop());
+    let inside = replay::address(&door, packet, false, port);
+    if !found.is_still_there() {
+        return Err(stop(Reason::FlowChanged));
+    }
+    let reason = reason(is_reply, packet, exit);
     Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner, ecn: 0 })
 }
 

@@ -29,6 +29,7 @@ pub mod decide;
 pub mod encap;
 pub mod env;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
 pub mod ingress;

@@ -6,15 +6,17 @@
 use crate::access::{At, View};
 use crate::env::Env;
 use crate::field;
+use crate::fragment;
 use crate::verdict::Step;
 use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, Extension,
-    FRAGMENT_MASK, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING, Ports, Tcp, Udp,
-    is_extension_header, is_followed,
+    FRAGMENT_MASK, FRAGMENT_MASK_V6, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING,
+    OFFSET_MASK, Ports, Tcp, Udp, is_extension_header, is_followed,
 };
 use core::mem::offset_of;
 use sluice_abi::{
     Addr, Be16, Be32, Family, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Lane, Reason,
+    Scratch, fragment_part,
 };
 
 /// The network header in the packet.
@@ -68,6 +70,8 @@ impl L3<'_> {
 pub trait Form {
     /// VLAN tags, IPv4 options and extension headers are followed, not only named.
     const GENERAL: bool;
+    /// Fragments behind the first are followed, and nothing else is.
+    const LATER: bool = false;
 
     /// The program that goes on with what this one stops on.
     fn lane(reason: Reason) -> Option<Lane>;
@@ -88,7 +92,9 @@ impl Form for Plain {
     #[inline(always)]
     fn lane(reason: Reason) -> Option<Lane> {
         match reason {
-            Reason::Vlan | Reason::IpOptions | Reason::NoLane => Some(Lane::General),
+            Reason::Vlan | Reason::IpOptions | Reason::Fragment | Reason::NoLane => {
+                Some(Lane::General)
+            }
             Reason::Icmp => Some(Lane::Icmp),
             _ => answered(reason),
         }
@@ -101,9 +107,24 @@ impl Form for General {
     #[inline(always)]
     fn lane(reason: Reason) -> Option<Lane> {
         match reason {
+            Reason::Fragment => Some(Lane::Fragment),
             Reason::Icmp => Some(Lane::Icmp),
             _ => answered(reason),
         }
+    }
+}
+
+/// Fragments behind the first, of any form.
+#[derive(Clone, Copy, Debug)]
+pub struct Later;
+
+impl Form for Later {
+    const GENERAL: bool = true;
+    const LATER: bool = true;
+
+    #[inline(always)]
+    fn lane(_reason: Reason) -> Option<Lane> {
+        None
     }
 }
 
@@ -167,7 +188,7 @@ pub struct Ip<'a> {
     pub len: u32,
     /// Bytes of the header with its options or extension headers.
     pub header_len: u32,
-    /// What hides the transport header: options, extension headers, a fragment.
+    /// What hides the transport header: options, extension headers, a fragment behind the first.
     pub opaque: Option<Reason>,
 }
 
@@ -205,6 +226,9 @@ pub struct Transport<'a> {
 /// (drop).
 #[inline(always)]
 pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>, Ip<'a>)> {
+    if F::GENERAL {
+        fragment::clear(env);
+    }
     let first = view.at::<Ethernet>().ok_or(Reason::NotIp)?;
     let mut ethertype = field!(first, Ethernet, ethertype).get();
     let mut tags = 0;
@@ -230,7 +254,7 @@ pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>,
     let last = view.skip(tags);
     let l3 = last.skip(size_of::<Ethernet>());
     let ip = if ethertype == ETHERTYPE_IPV4 {
-        ipv4::<F>(l3)?
+        ipv4::<F, E>(env, l3)?
     } else if ethertype == ETHERTYPE_IPV6 {
         ipv6::<F, E>(env, l3)?
     } else {
@@ -247,7 +271,7 @@ pub fn is_tag(ethertype: Be16) -> bool {
 }
 
 #[inline(always)]
-fn ipv4<'a, F: Form>(view: View<'a>) -> Step<Ip<'a>> {
+fn ipv4<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
     let at = view.at::<Ipv4>().ok_or(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_ihl >> 4 != 4 {
@@ -258,16 +282,39 @@ fn ipv4<'a, F: Form>(view: View<'a>) -> Step<Ip<'a>> {
     if header_len < 20 || len < header_len || len as usize > view.len() {
         return Err(Reason::IpMalformed.into());
     }
-    let opaque = if !F::GENERAL && header_len != 20 {
-        Some(Reason::IpOptions)
-    } else if header.fragment.host() & FRAGMENT_MASK != 0 {
-        Some(Reason::Fragment)
-    } else {
-        None
-    };
+    let mut opaque = None;
+    let cut = header.fragment.host() & FRAGMENT_MASK;
+    if F::GENERAL {
+        if cut != 0 {
+            let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+            let part = part_at(cut & OFFSET_MASK, header.protocol)?;
+            fragment::set(scratch, header.id.host() as u32, part);
+            let (src, dst) = (Addr::from_v4(header.src), Addr::from_v4(header.dst));
+            fragment::mark(scratch, src, dst, header.protocol);
+            if part == fragment_part::LATER {
+                opaque = Some(Reason::Fragment);
+            }
+        }
+    } else if header_len != 20 {
+        opaque = Some(Reason::IpOptions);
+    } else if cut != 0 {
+        opaque = Some(Reason::Fragment);
+    }
     let header_len = if F::GENERAL { header_len } else { 20 };
     let (proto, hop_limit) = (header.protocol, header.ttl);
     Ok(Ip { l3: L3::V4(at), proto, hop_limit, len, header_len, opaque })
+}
+
+/// Which fragment stands at an offset, in units of 8 bytes.
+///
+/// # Errors
+/// `L4Malformed` (drop): a TCP fragment that covers the first one's control bits (RFC 3128 section 2).
+#[inline(always)]
+fn part_at(offset: u16, proto: u8) -> Step<u8> {
+    if offset == 1 && proto == IPPROTO_TCP {
+        return Err(Reason::L4Malformed.into());
+    }
+    Ok(if offset == 0 { fragment_part::FIRST } else { fragment_part::LATER })
 }
 
 #[inline(always)]
@@ -287,7 +334,11 @@ fn ipv6<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
     }
     let (mut proto, mut header_len) = (header.next_header, 40);
     if F::GENERAL {
-        let chain = extensions(env, view, header.next_header, len)?;
+        let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+        let chain = extensions(env, Some(scratch), view, header.next_header, len)?;
+        if fragment::part(scratch) != fragment_part::WHOLE {
+            fragment::mark(scratch, header.src, header.dst, NEXT_HEADER_FRAGMENT);
+        }
         // Forgotten in one word: next header and length belong together.
         let chain = env.forget(chain.header_len << 8 | chain.proto as u32);
         (proto, header_len) = (chain as u8, (chain >> 8) & 0x1ff);
@@ -311,19 +362,44 @@ pub struct Chain {
     pub header_len: u32,
 }
 
-/// Follows hop-by-hop options, destination options and routing headers (RFC 8200 section 4).
+/// Follows hop-by-hop options, destination options, routing and fragment headers (RFC 8200 section
+/// 4); behind a fragment header that is not the first's nothing is to be found. Without `scratch` no
+/// fragment header is followed.
 ///
 /// # Errors
-/// `ExtensionChain` (pass); `IpMalformed`, `RoutingHeader` (drop).
+/// `ExtensionChain` (pass); `IpMalformed`, `L4Malformed`, `RoutingHeader` (drop).
 #[inline(always)]
-pub fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Chain> {
+pub fn extensions<E: Env>(
+    env: &E,
+    scratch: Option<At<'_, Scratch>>,
+    l3: View<'_>,
+    first: u8,
+    len: u32,
+) -> Step<Chain> {
     let (mut proto, mut header_len) = (first, 40u32);
     for _ in 0..MAX_EXTENSIONS {
-        if !is_followed(proto) {
+        if !is_followed(proto) && proto != NEXT_HEADER_FRAGMENT {
             break;
         }
         let header = l3.skip((env.forget(header_len) & 0x1ff) as usize).at::<Extension>();
         let header = header.ok_or(Reason::IpMalformed)?.get();
+        if proto == NEXT_HEADER_FRAGMENT {
+            let Some(scratch) = scratch else { break };
+            if fragment::part(scratch) != fragment_part::WHOLE {
+                return Err(Reason::ExtensionChain.into());
+            }
+            let cut = ((header.kind as u16) << 8 | header.segments_left as u16) & FRAGMENT_MASK_V6;
+            if cut != 0 {
+                let part = part_at(cut >> 3, header.next_header)?;
+                fragment::set(scratch, header.id.host(), part);
+                if part == fragment_part::LATER {
+                    break;
+                }
+            }
+            proto = header.next_header;
+            header_len += 8;
+            continue;
+        }
         if proto == NEXT_HEADER_ROUTING && header.segments_left != 0 {
             return Err(if header.kind == 0 {
                 Reason::RoutingHeader
@@ -338,7 +414,9 @@ pub fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Ch
             return Err(Reason::ExtensionChain.into());
         }
     }
-    if is_extension_header(proto) {
+    let hidden = proto == NEXT_HEADER_FRAGMENT
+        && scratch.is_some_and(|scratch| fragment::part(scratch) != fragment_part::LATER);
+    if is_extension_header(proto) || hidden {
         return Err(Reason::ExtensionChain.into());
     }
     if header_len > len {
@@ -347,12 +425,19 @@ pub fn extensions<E: Env>(env: &E, l3: View<'_>, first: u8, len: u32) -> Step<Ch
     Ok(Chain { proto, header_len })
 }
 
+/// Whether the packet that was parsed last is a first fragment. Asked of memory, so that the verifier
+/// does not follow first fragments and whole packets each by themselves.
+#[inline(always)]
+pub fn is_first_fragment<F: Form, E: Env>(env: &E) -> bool {
+    F::GENERAL && env.scratch().is_some_and(fragment::is_first)
+}
+
 /// The transport header of `ip`, which begins at `l3`.
 ///
 /// # Errors
 /// `Fragment`, `IpOptions`, `Icmp`, `OtherProtocol` (pass); `L4Malformed` (drop).
 #[inline(always)]
-pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
+pub fn transport<'a, F: Form, E: Env>(env: &E, l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     if let Some(reason) = ip.opaque {
         return Err(reason.into());
     }
@@ -360,8 +445,12 @@ pub fn transport<'a>(l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     let payload = l3.skip(ip.header_len as usize);
     match ip.proto {
         IPPROTO_TCP => tcp(payload, payload_len),
-        IPPROTO_UDP => udp(payload, payload_len),
-        proto if proto == icmp_of(&ip.l3) => Err(Reason::Icmp.into()),
+        IPPROTO_UDP => udp::<F, E>(env, payload, payload_len),
+        proto if proto == icmp_of(&ip.l3) => {
+            // What ICMP says is not all in a fragment.
+            let part = is_first_fragment::<F, E>(env);
+            Err(if part { Reason::Fragment } else { Reason::Icmp }.into())
+        }
         _ => Err(Reason::OtherProtocol.into()),
     }
 }
@@ -387,10 +476,12 @@ fn tcp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
 }
 
 #[inline(always)]
-fn udp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
+fn udp<'a, F: Form, E: Env>(env: &E, view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
     let at = view.at::<Udp>().ok_or(Reason::L4Malformed)?;
     let len = field!(at, Udp, len).get().host() as u32;
-    if len < 8 || len > payload_len {
+    // A first fragment's header speaks of more than is here.
+    let short = len > payload_len && !is_first_fragment::<F, E>(env);
+    if len < 8 || payload_len < 8 || short {
         return Err(Reason::L4Malformed.into());
     }
     let ports = field!(at, Udp, ports);

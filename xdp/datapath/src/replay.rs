@@ -103,6 +103,42 @@ pub fn again<'f, E: Env>(
     Ok((Located { outer, eth, ip, l3: l3_view, cut, tags, ecn }, transport))
 }
 
+/// A packet of which nothing is known but its addresses, at a place of which the verifier knows nothing
+/// but that it is inside the frame.
+///
+/// # Errors
+/// `TableBroken` (pass), never.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "what a packet is, in numbers alone")]
+pub fn locate<'f, E: Env>(
+    env: &E,
+    frame: View<'f>,
+    v4: bool,
+    cut: u32,
+    tags: u32,
+    len: u32,
+    hop_limit: u8,
+    ecn: u32,
+) -> Step<Located<'f>> {
+    let v4 = env.forget(v4 as u32) != 0;
+    let (cut, tags) = (env.forget(cut) & 0x7f, env.forget(tags) & 0xf);
+    let base = frame.skip(env.forget(cut + tags) as usize & 0x7f);
+    let view = base.skip(size_of::<Ethernet>());
+    let (Some(outer), Some(eth)) = (frame.at::<Ethernet>(), base.at::<Ethernet>()) else {
+        return Err(Reason::TableBroken.into());
+    };
+    let l3 = if v4 {
+        L3::V4(view.at::<Ipv4>().ok_or(Reason::TableBroken)?)
+    } else {
+        L3::V6(view.at::<Ipv6>().ok_or(Reason::TableBroken)?)
+    };
+    let (len, hop_limit) = (env.forget(len) & 0x1_ffff, env.forget(hop_limit as u32) as u8);
+    let header_len = l3.header_len() as u32;
+    let ip = Ip { l3, proto: 0, hop_limit, len, header_len, opaque: Some(Reason::Fragment) };
+    let ecn = env.forget(ecn) & 3;
+    Ok(Located { outer, eth, ip, l3: view, cut, tags, ecn })
+}
+
 /// New addresses and ports of one direction: places in the flow's record, and the differences.
 #[derive(Clone, Copy)]
 pub struct Rewrite<'e> {
@@ -153,6 +189,13 @@ impl<'e> Rewrite<'e> {
     /// one hop (RFC 1812 section 5.3.1).
     #[inline(always)]
     pub fn write(&self, ip: &Ip<'_>, transport: &Transport<'_>, hop: bool) {
+        self.write_addresses(ip, hop);
+        transport.ports.set(self.ports);
+    }
+
+    /// The same for a packet without ports: a fragment behind the first.
+    #[inline(always)]
+    pub fn write_addresses(&self, ip: &Ip<'_>, hop: bool) {
         match ip.l3 {
             L3::V4(at) => {
                 let mut sum = Sum(self.addresses as u64);
@@ -173,7 +216,12 @@ impl<'e> Rewrite<'e> {
                 field!(at, Ipv6, dst).copy_from(self.dst);
             }
         }
-        transport.ports.set(self.ports);
+    }
+
+    /// What the addresses alone add to a sum that covers them.
+    #[inline(always)]
+    pub fn address_delta(&self) -> u16 {
+        self.addresses
     }
 
     /// Updates the transport checksum in place (XDP: the packet's bytes are all there is).

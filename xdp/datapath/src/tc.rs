@@ -17,13 +17,14 @@ use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
-use crate::parse::{self, Form, Transport};
+use crate::fragment;
+use crate::parse::{self, Form, Later, Transport};
 use crate::replay::{self, Located, Rewrite};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::Ethernet;
 use sluice_abi::{
-    Be32, Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, Vtep,
-    record_flags, settings_flags,
+    Be32, Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, VerdictKind, Vtep,
+    fragment_fate, record_flags, settings_flags,
 };
 
 /// A translation whose transport checksum is still to be written through the frame.
@@ -59,6 +60,9 @@ fn run<'e, P: Form, E: Env, F: Frame>(
     plan: impl FnOnce(&'e E, At<'e, Settings>, View<'_>, u32) -> Step<Pending<'e>>,
 ) -> Verdict {
     let bytes = frame.view().len() as u64;
+    if P::GENERAL {
+        fragment::clear(env);
+    }
     let verdict = match bypass(env) {
         Ok(settings) => match plan(env, settings, frame.view(), frame.ingress_ifindex()) {
             Ok(p) => {
@@ -69,6 +73,9 @@ fn run<'e, P: Form, E: Env, F: Frame>(
                 }
             }
             Err(stop) => {
+                if P::GENERAL && stop.reason.kind() == VerdictKind::Pass {
+                    fragment::note_passed(env, hook);
+                }
                 if let Some(lane) = P::lane(stop.reason)
                     && frame.change_lane(hook, lane)
                 {
@@ -98,7 +105,7 @@ fn open<'f, P: Form, E: Env>(env: &E, view: View<'f>) -> Step<(Located<'f>, Tran
     if field!(link.first, Ethernet, dst).get().is_group() {
         return Err(Reason::Group.into());
     }
-    let transport = parse::transport(link.l3, &ip)?;
+    let transport = parse::transport::<P, E>(env, link.l3, &ip)?;
     let (outer, eth, l3, tags) = (link.first, link.last, link.l3, link.tags);
     Ok((Located { outer, eth, ip, l3, cut: 0, tags, ecn: 0 }, transport))
 }
@@ -143,6 +150,9 @@ fn to_client<'e, P: Form, E: Env>(
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
     }
+    if parse::is_first_fragment::<P, E>(env) {
+        fragment::note(env, scratch, Hook::TcEgress, &found, true);
+    }
     let (proto, l4) = (packet.ip.proto, l4(&packet));
     let verdict = Verdict { action: Action::Pass, reason: Reason::ReplyLocal, owner };
     Ok(Pending { rewrite, proto, l4, verdict })
@@ -163,16 +173,16 @@ fn from_pod<'e, P: Form, E: Env>(
     }
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     decide::stash(scratch, &packet.ip, &transport);
-    match short_cut(env, settings, scratch, &packet, &transport)? {
+    match short_cut::<P, E>(env, settings, scratch, &packet, &transport)? {
         Some(pending) => Ok(pending),
-        None => pod_request(env, settings, scratch, view, &packet, &transport),
+        None => pod_request::<P, E>(env, settings, scratch, view, &packet, &transport),
     }
 }
 
 /// The reply to a request that XDP put into this pod's veth leaves the way that was decided for
 /// it, past the stack.
 #[inline(always)]
-fn short_cut<'e, E: Env>(
+fn short_cut<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     scratch: At<'e, Scratch>,
@@ -185,13 +195,10 @@ fn short_cut<'e, E: Env>(
         return Ok(None);
     };
     let r = found.record;
-    let forward = way_kind(field!(r, FlowRecord, forward));
     let Some((ifindex, dst_mac, src_mac)) = reply_way(env, field!(r, FlowRecord, reply)) else {
         return Ok(None);
     };
-    // What has tags, or is to get some, is the stack's: it knows the VLANs.
-    let tags = field!(r, FlowRecord, reply_tags).element(0).get() != Be32::new(0);
-    if forward != ExitKind::Frame as u8 || packet.ip.hop_limit <= 1 || tags || packet.tags != 0 {
+    if !skips_the_stack(r, packet) {
         return Ok(None);
     }
     field!(packet.eth, Ethernet, dst).copy_from(dst_mac);
@@ -203,10 +210,24 @@ fn short_cut<'e, E: Env>(
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
     }
+    if parse::is_first_fragment::<P, E>(env) {
+        fragment::note(env, scratch, Hook::TcIngress, &found, true);
+    }
     let action = Action::Redirect(ifindex);
     let verdict = Verdict { action, reason: Reason::ReplyLocal, owner };
     let (proto, l4) = (packet.ip.proto, l4(packet));
     Ok(Some(Pending { rewrite, proto, l4, verdict }))
+}
+
+/// Whether a reply skips the stack: its request did. What has tags, or is to get some, is the
+/// stack's: it knows the VLANs.
+#[inline(always)]
+fn skips_the_stack(r: At<'_, FlowRecord>, packet: &Located<'_>) -> bool {
+    let tags = field!(r, FlowRecord, reply_tags).element(0).get() != Be32::new(0);
+    way_kind(field!(r, FlowRecord, forward)) == ExitKind::Frame as u8
+        && packet.ip.hop_limit > 1
+        && !tags
+        && packet.tags == 0
 }
 
 /// Interface and Ethernet header of a reply that skips the stack; a tunnel's is the kernel's
@@ -247,7 +268,7 @@ pub(crate) fn is_ours<E: Env>(env: &E, found: &Found<'_>, tcp_flags: u8) -> bool
 
 /// A pod's request to a Service: translated here, routed by the kernel.
 #[inline(always)]
-fn pod_request<'e, E: Env>(
+fn pod_request<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     scratch: At<'e, Scratch>,
@@ -292,10 +313,123 @@ fn pod_request<'e, E: Env>(
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
     }
+    if parse::is_first_fragment::<P, E>(env) {
+        fragment::note(env, scratch, Hook::TcIngress, found, false);
+    }
     let forward = way_kind(field!(found.record, FlowRecord, forward));
     let reason =
         if forward >= ExitKind::Tunnel as u8 { Reason::DnatRemote } else { Reason::DnatLocal };
     let verdict = Verdict { action: Action::Pass, reason, owner };
     let (proto, l4) = (packet.ip.proto, l4(packet));
     Ok(Pending { rewrite, proto, l4, verdict })
+}
+
+/// A fragment behind the first, at either hook: it goes where the first one went.
+#[inline(always)]
+pub fn later<E: Env, F: Frame>(env: &E, frame: &mut F, hook: Hook) -> Verdict {
+    let bytes = frame.view().len() as u64;
+    fragment::clear(env);
+    let verdict = match bypass(env) {
+        Ok(settings) => match follow(env, settings, frame.view(), hook, frame.ingress_ifindex()) {
+            Ok(f) => {
+                // IPv4's header checksum took the difference; IPv6 has none.
+                if f.v6 {
+                    frame.packet_sum(f.delta);
+                }
+                f.verdict
+            }
+            Err(stop) => stop.into(),
+        },
+        Err(stop) => stop.into(),
+    };
+    account(env, hook, &verdict, bytes);
+    verdict
+}
+
+/// A translated fragment.
+struct Followed {
+    verdict: Verdict,
+    v6: bool,
+    /// What the addresses add to the sum of all bytes.
+    delta: u16,
+}
+
+/// # Errors
+/// `Group`, `Fragment` (pass); `FragmentOrphan`, `FlowChanged` (drop), and those of
+/// [`parse::ethernet`].
+#[inline(always)]
+fn follow<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    view: View<'_>,
+    hook: Hook,
+    ifindex: u32,
+) -> Step<Followed> {
+    let (link, ip) = parse::ethernet::<Later, E>(env, view)?;
+    if field!(link.first, Ethernet, dst).get().is_group() {
+        return Err(Reason::Group.into());
+    }
+    let (outer, eth, l3, tags) = (link.first, link.last, link.l3, link.tags);
+    let packet = Located { outer, eth, ip, l3, cut: 0, tags, ecn: 0 };
+    let from_pod = hook == Hook::TcIngress;
+    if ip.opaque.is_none() || from_pod && !is_of_pod(env, &packet, ifindex) {
+        return Err(Reason::Fragment.into());
+    }
+    let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+    let fate = fragment::find(env, settings, scratch, hook);
+    if fate != fragment_fate::REQUEST && fate != fragment_fate::REPLY {
+        let orphan =
+            from_pod && fate == fragment_fate::NONE && fragment::is_vip(env, &packet.ip.l3.dst());
+        return Err(if orphan { Reason::FragmentOrphan } else { Reason::Fragment }.into());
+    }
+    let is_reply = fate == fragment_fate::REPLY;
+    let Some(found) = fragment::record(env, scratch, is_reply) else {
+        return Err(Reason::FragmentOrphan.into());
+    };
+    translate_later(env, &packet, &found, is_reply, from_pod)
+}
+
+/// Whether the packet came from the pod whose address it carries.
+#[inline(always)]
+fn is_of_pod<E: Env>(env: &E, packet: &Located<'_>, ifindex: u32) -> bool {
+    env.pod(&packet.ip.l3.src()).is_some_and(|pod| field!(pod, Pod, ifindex).get() == ifindex)
+}
+
+/// Replays a record on a fragment without a transport header.
+#[inline(always)]
+fn translate_later<E: Env>(
+    env: &E,
+    packet: &Located<'_>,
+    found: &Found<'_>,
+    is_reply: bool,
+    from_pod: bool,
+) -> Step<Followed> {
+    let r = found.record;
+    let direction = if is_reply { Direction::Reply } else { Direction::Forward };
+    let owner = owner(r, direction, false);
+    let forward = way_kind(field!(r, FlowRecord, forward));
+    let (reason, rewrite) = if is_reply {
+        (Reason::ReplyLocal, Rewrite::reply(r))
+    } else if forward >= ExitKind::Tunnel as u8 {
+        (Reason::DnatRemote, Rewrite::request(r))
+    } else {
+        (Reason::DnatLocal, Rewrite::request(r))
+    };
+    let mut action = Action::Pass;
+    if is_reply && from_pod {
+        let way = reply_way(env, field!(r, FlowRecord, reply));
+        let Some((ifindex, dst_mac, src_mac)) = way else { return Err(Reason::Fragment.into()) };
+        if !skips_the_stack(r, packet) {
+            return Err(Reason::Fragment.into());
+        }
+        field!(packet.eth, Ethernet, dst).copy_from(dst_mac);
+        field!(packet.eth, Ethernet, src).copy_from(src_mac);
+        action = Action::Redirect(ifindex);
+    }
+    rewrite.write_addresses(&packet.ip, action != Action::Pass);
+    if !found.is_still_there() {
+        return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
+    }
+    let verdict = Verdict { action, reason, owner };
+    Ok(Followed { verdict, v6: !packet.ip.l3.is_v4(), delta: rewrite.address_delta() })
 }

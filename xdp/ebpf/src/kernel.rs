@@ -5,13 +5,14 @@ use crate::trap;
 use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::{bpf_jiffies64, generated};
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
     FrontendKey, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Trap,
     Tunnel, Vtep, VtepKey,
 };
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
+use sluice_datapath::fragment;
 use sluice_datapath::tcp::{self, Segment};
 
 /// The kernel that runs the program.
@@ -38,6 +39,13 @@ pub extern "C" fn sl_decide(_reserved: u32) -> u64 {
 pub extern "C" fn sl_segment(slot: u64, tag: u32, segment: u32) -> u64 {
     tcp::follow(&Kernel, SnatSlot(slot), tag, Segment(segment));
     0
+}
+
+/// [`fragment::write`] as a global function; 1 if it wrote.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sl_note(_reserved: u32) -> u64 {
+    fragment::write(&Kernel).is_some() as u64
 }
 
 /// A map value as a place.
@@ -127,6 +135,14 @@ impl Env for Kernel {
     #[inline(always)]
     fn snat(&self, index: u32) -> Option<At<'_, SnatSlot>> {
         at!(sl_snat_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn fragment(&self, index: u32) -> Option<At<'_, Fragment>> {
+        at!(sl_frag_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn note(&self) {
+        sl_note(0);
     }
     #[inline(always)]
     fn now(&self) -> u32 {

@@ -9,6 +9,7 @@
 //! | `*_general`  | both | reached by a tail call from the above: headers of any length    |
 //! | `*_icmp`     | both | reached by a tail call from all the above: ICMP                 |
 //! | `*_answer`   | both | reached by a tail call: ICMP errors and resets                  |
+//! | `*_fragment` | both | reached from those: fragments behind the first                  |
 //! | `xdp_pass`   | XDP  | the far end of a veth that must receive redirected frames       |
 //! | `xdp_clock`  | –    | run by the agent only: how long is a jiffy?                     |
 //!
@@ -30,7 +31,7 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
 use skb::{GENERAL_HEADERS, HEADERS, ICMP_HEADERS};
 use sluice_abi::{Hook, Trap};
-use sluice_datapath::parse::{Form, General, Plain};
+use sluice_datapath::parse::{Form, General, Later, Plain};
 use sluice_datapath::verdict::Action;
 use sluice_datapath::{answer, icmp, ingress, tc};
 
@@ -56,6 +57,12 @@ pub fn xdp_general(ctx: XdpContext) -> u32 {
 pub fn xdp_icmp(ctx: XdpContext) -> u32 {
     let mut frame = xdp::XdpFrame::new(ctx.ctx);
     leave(icmp::xdp(&Kernel, &mut frame).action)
+}
+
+/// Goes on where `xdp_general` stops at fragments behind the first.
+#[xdp]
+pub fn xdp_fragment(ctx: XdpContext) -> u32 {
+    node::<Later>(ctx)
 }
 
 #[inline(always)]
@@ -154,6 +161,27 @@ pub fn tc_in_answer(ctx: TcContext) -> i32 {
         return TC_NEXT;
     }
     exit(answer::answer(&Kernel, &mut frame, Hook::TcIngress).action)
+}
+
+/// Goes on where `tc_in_general` stops at fragments behind the first.
+#[classifier]
+pub fn tc_in_fragment(ctx: TcContext) -> i32 {
+    tc_later(ctx, Hook::TcIngress)
+}
+
+/// Goes on where `tc_out_general` stops at fragments behind the first.
+#[classifier]
+pub fn tc_out_fragment(ctx: TcContext) -> i32 {
+    tc_later(ctx, Hook::TcEgress)
+}
+
+#[inline(always)]
+fn tc_later(ctx: TcContext, hook: Hook) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(GENERAL_HEADERS) {
+        return TC_NEXT;
+    }
+    exit(tc::later(&Kernel, &mut frame, hook).action)
 }
 
 #[inline(always)]

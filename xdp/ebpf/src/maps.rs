@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_spin_lock};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
     FrontendKey, Hook, JUMP_SLOTS, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings,
     SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
@@ -72,6 +72,8 @@ pub static sl_answer_v1: PerCpuArray<AnswerCounter, { AnswerKind::ALL.len() }> =
 pub static sl_bucket_v1: Array<Bucket, { Bucket::SOURCES as usize }> = Array::new();
 #[btf_map]
 pub static sl_bucketcpu_v1: PerCpuArray<Bucket, 1> = PerCpuArray::new();
+#[btf_map]
+pub static sl_frag_v1: Array<Fragment, { maps::DEFAULT_FRAGMENTS as usize }> = Array::new();
 #[btf_map]
 pub static sl_jump_v1: ProgramArray<{ JUMP_SLOTS as usize }> = ProgramArray::new();
 #[btf_map]

@@ -3,7 +3,7 @@
 use crate::maps::sl_jumptc_v1;
 use crate::xdp::{HAND_OVER_MAGIC, HandOver, sum_up};
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::bpf_skb_load_bytes;
+use aya_ebpf::helpers::generated::{bpf_csum_update, bpf_skb_load_bytes};
 use aya_ebpf::helpers::{
     bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
     bpf_skb_pull_data,
@@ -132,6 +132,12 @@ unsafe impl Frame for SkbFrame {
             bpf_l4_csum_replace(self.0, offset, 0, addresses as u64, BPF_F_PSEUDO_HDR | zero) == 0
                 && (ports == 0 || bpf_l4_csum_replace(self.0, offset, 0, ports as u64, zero) == 0)
         }
+    }
+    #[inline(always)]
+    fn packet_sum(&mut self, delta: u16) {
+        // SAFETY: the context is valid while the program runs. The result says only whether there
+        // was a sum to be changed.
+        unsafe { bpf_csum_update(self.0, delta as u32) };
     }
     #[inline(always)]
     fn sum(&self, offset: u32, len: u32) -> u16 {

@@ -98,6 +98,8 @@ unsafe impl Frame for XdpFrame {
         true
     }
     #[inline(always)]
+    fn packet_sum(&mut self, _delta: u16) {}
+    #[inline(always)]
     fn sum(&self, offset: u32, len: u32) -> u16 {
         sl_sum(self.0, offset, len) as u16
     }

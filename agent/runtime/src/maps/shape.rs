@@ -5,7 +5,7 @@
 
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
     FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS, NextHop, Pod, ReasonCounter, Scratch,
     ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
@@ -63,6 +63,7 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, AnswerCounter>(maps::ANSWER, PerCpuArray, AnswerKind::ALL.len() as u32),
         shape::<u32, Bucket>(maps::BUCKET, Array, Bucket::SOURCES),
         shape::<u32, Bucket>(maps::BUCKET_CPU, PerCpuArray, 1),
+        shape::<u32, Fragment>(maps::FRAGMENT, Array, sizes.fragments),
     ]
 }
 

@@ -29,6 +29,7 @@ impl Node {
             vtep_sources: 16,
             nexthops: 16,
             flow_sets: 4,
+            fragments: 16,
         }
     }
 }

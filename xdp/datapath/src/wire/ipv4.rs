@@ -42,3 +42,6 @@ pub const ECN_ECT_1: u8 = 0b01;
 pub const ECN_ECT_0: u8 = 0b10;
 /// Congestion experienced.
 pub const ECN_CE: u8 = 0b11;
+
+/// The offset, in units of 8 bytes.
+pub const OFFSET_MASK: u16 = 0x1fff;

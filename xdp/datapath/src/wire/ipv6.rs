@@ -27,20 +27,26 @@ pub const NEXT_HEADER_FRAGMENT: u8 = 44;
 /// Routing header (RFC 8200 section 4.4).
 pub const NEXT_HEADER_ROUTING: u8 = 43;
 
-/// The first words of hop-by-hop options, destination options and routing headers (RFC 8200
-/// sections 4.3, 4.4, 4.6).
+/// The first eight bytes of hop-by-hop options, destination options and routing headers, and all of
+/// a fragment header (RFC 8200 sections 4.3 to 4.6).
 #[derive(Clone, Copy, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Extension {
     /// What follows this header.
     pub next_header: u8,
-    /// Its length in units of 8 bytes, the first unit not counted.
+    /// Its length in units of 8 bytes, the first unit not counted. Reserved in a fragment header.
     pub len: u8,
-    /// Routing type, in a routing header.
+    /// Routing type, in a routing header. In a fragment header the offset's upper bits.
     pub kind: u8,
-    /// Segments left, in a routing header.
+    /// Segments left, in a routing header. In a fragment header the offset's lower bits and flags.
     pub segments_left: u8,
+    /// The identification, in a fragment header.
+    pub id: Be32,
 }
+
+/// "More fragments" and the offset (13 bits from the top) of a fragment header: not zero in every
+/// fragment but one that is the whole packet (RFC 6946).
+pub const FRAGMENT_MASK_V6: u16 = 0xfff9;
 
 /// Whether `next_header` is an extension header that carries nothing a translation must not change
 /// and has the common form: hop-by-hop options, routing, destination options. The authentication
