@@ -11,7 +11,7 @@ use crate::fragment;
 use crate::hash::FlowHash;
 use crate::parse::{self, Form, Ip, Later, Link, Transport};
 use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
-use crate::verdict::{Direction, Owner, Step, Stop, Verdict};
+use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{
     ECN_CE, ECN_ECT_0, ECN_ECT_1, ECN_NOT_ECT, Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan,
 };
@@ -31,8 +31,8 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     if P::GENERAL {
         fragment::clear(env);
     }
-    let verdict = match way::<P, E, F>(env, frame) {
-        Ok(verdict) => verdict,
+    let (verdict, word) = match way::<P, E, F>(env, frame) {
+        Ok(verdict) => (verdict, verdict.action.word()),
         Err(stop) => {
             if P::GENERAL && !P::LATER && stop.reason.kind() == VerdictKind::Pass {
                 fragment::note_passed(env, Hook::Xdp);
@@ -42,11 +42,12 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
             {
                 return stop.into();
             }
-            stop.into()
+            let verdict = Verdict::from(stop);
+            (verdict, verdict.action.word())
         }
     };
     account(env, Hook::Xdp, &verdict, bytes);
-    verdict
+    if P::GENERAL { Verdict { action: Action::of_word(word), ..verdict } } else { verdict }
 }
 
 #[inline(always)]

@@ -1,5 +1,6 @@
 //! What becomes of a packet, and on whose account.
 
+use crate::access::opaque;
 use sluice_abi::{Reason, VerdictKind};
 
 /// The last step with a packet.
@@ -15,6 +16,37 @@ pub enum Action {
     Redirect(u32),
     /// Let interface `.0` receive it (TC only).
     Receive(u32),
+}
+
+impl Action {
+    /// The action in one word whose every bit is defined, and of which the compiler knows nothing.
+    /// In an enum the bits of a payload that is not there may be anything, and LLVM takes them from
+    /// whatever stands in their place on the stack: a pointer, which the verifier does not let it
+    /// read as a number.
+    #[inline(always)]
+    pub fn word(self) -> u64 {
+        let (kind, ifindex) = match self {
+            Action::Pass => (0, 0),
+            Action::Drop => (1, 0),
+            Action::Transmit => (2, 0),
+            Action::Redirect(ifindex) => (3, ifindex),
+            Action::Receive(ifindex) => (4, ifindex),
+        };
+        opaque((ifindex as u64) << 32 | kind)
+    }
+
+    /// The action of a word.
+    #[inline(always)]
+    pub const fn of_word(word: u64) -> Self {
+        let ifindex = (word >> 32) as u32;
+        match word & 7 {
+            0 => Action::Pass,
+            1 => Action::Drop,
+            2 => Action::Transmit,
+            3 => Action::Redirect(ifindex),
+            _ => Action::Receive(ifindex),
+        }
+    }
 }
 
 /// Which way a translated packet went.
