@@ -491,7 +491,8 @@ impl State {
                 }
             }
             if !hidden.changeable {
-                remedy = "the driver does not let it be switched; mode auto uses TC".to_owned();
+                remedy = "the driver does not let it be switched; packets from outside are left to the kernel"
+                    .to_owned();
             }
             let reason = format!(
                 "{} ({}) hides VLAN tags from XDP, which would take a packet of another VLAN for \

@@ -5,7 +5,7 @@
 //! tag (measured on veth, 6.18: native; generic XDP keeps the tag where it does not see it).
 //!
 //! ```text
-//!  physical NIC, bond's ports   the receiver's rx-vlan-*   obstacle: XDP is not attached
+//!  physical NIC, bond's ports   the receiver's rx-vlan-*   obstacle: XDP is not attached, the uplink is the kernel's
 //!  veth                         the sender's tx-vlan-*     note: tags come only from this machine
 //! ```
 
