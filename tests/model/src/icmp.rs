@@ -86,6 +86,12 @@ fn quote(case: &Case<'_>, packet: &Packet) -> Result<Quote, Reason> {
                 return Err(if chain == 0 { Reason::IcmpMalformed } else { Reason::Icmp });
             }
             let addr = |at: usize| Addr(std::array::from_fn(|i| h[at + i]));
+            // RFC 8200 section 4.5: the offset, in units of eight bytes, and three flags.
+            let (proto, chain) = match (proto, body.get(40 + chain..40 + chain + 4)) {
+                (44, Some(&[next, _, 0, flags])) if flags < 8 => (next, chain + 8),
+                (44, _) => return Err(Reason::Icmp),
+                _ => (proto, chain),
+            };
             (addr(8), addr(24), proto, 40 + chain)
         }
     };

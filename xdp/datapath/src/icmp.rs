@@ -26,9 +26,10 @@ use crate::replay::{self, Departure, Located, Rewrite, Way};
 use crate::tc;
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{
-    Ethernet, FRAGMENT_MASK, ICMP_ECHO, ICMP_ECHO_REPLY, ICMP_PARAMETER, ICMP_REDIRECT,
+    Ethernet, Extension, FRAGMENT_MASK, ICMP_ECHO, ICMP_ECHO_REPLY, ICMP_PARAMETER, ICMP_REDIRECT,
     ICMP_SOURCE_QUENCH, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE, ICMPV6_ECHO, ICMPV6_ECHO_REPLY,
-    ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ipv4, Ipv6, Ports, Tcp, Udp, Vxlan,
+    ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, Ports, Tcp, Udp,
+    Vxlan,
 };
 use core::mem::offset_of;
 use sluice_abi::{
@@ -43,7 +44,7 @@ const OFFSET_MASK: u16 = FRAGMENT_MASK & 0x1fff;
 /// What an error quotes of the transport header at least (RFC 792: 64 bits).
 const QUOTED_BYTES: u32 = 8;
 /// Longest headers in front of a quoted transport header.
-pub const MAX_QUOTED_HEADERS: u32 = size_of::<Ipv6>() as u32 + parse::MAX_EXTENSION_BYTES;
+pub const MAX_QUOTED_HEADERS: u32 = size_of::<Ipv6>() as u32 + parse::MAX_EXTENSION_BYTES + 8;
 /// Bytes that are looked at from the ICMP header on.
 pub const MAX_BYTES: u32 = size_of::<Icmp>() as u32 + MAX_QUOTED_HEADERS + size_of::<Tcp>() as u32;
 
@@ -296,7 +297,8 @@ fn quote<'a, E: Env>(env: &E, packet: &Located<'_>, message: &Message<'a>) -> St
         let Ok(chain) = parse::extensions(env, None, message.body, next, message.body_len) else {
             return Err(Reason::Icmp.into());
         };
-        (L3::V6(at), chain.proto, chain.header_len)
+        let (proto, header_len) = behind_fragment_header(env, message, chain)?;
+        (L3::V6(at), proto, header_len)
     };
     if message.body_len < header_len {
         return Err(Reason::IcmpMalformed.into());
@@ -317,6 +319,30 @@ fn quote<'a, E: Env>(env: &E, packet: &Located<'_>, message: &Message<'a>) -> St
         return Err(Reason::IcmpMalformed.into());
     }
     Ok(Quote { l3, proto, ports: field!(ports, Udp, ports), l4, l4_len })
+}
+
+/// What a quoted chain of headers ends with, behind the fragment header of a first fragment, if there
+/// is one. "Packet too big" about a large datagram quotes that.
+///
+/// # Errors
+/// `Icmp` (pass).
+#[inline(always)]
+fn behind_fragment_header<E: Env>(
+    env: &E,
+    message: &Message<'_>,
+    chain: parse::Chain,
+) -> Step<(u8, u32)> {
+    if chain.proto != NEXT_HEADER_FRAGMENT {
+        return Ok((chain.proto, chain.header_len));
+    }
+    let place = message.body.skip((env.forget(chain.header_len) & 0x1ff) as usize);
+    let header = place.at::<Extension>().ok_or(Reason::Icmp)?.get();
+    // Where an extension header has type and segments left, this one has its offset in units of
+    // eight bytes and three flags (RFC 8200 section 4.5).
+    if header.kind != 0 || header.segments_left >> 3 != 0 {
+        return Err(Reason::Icmp.into());
+    }
+    Ok((header.next_header, chain.header_len + 8))
 }
 
 /// An error that quotes an ICMP message: nobody may send one about an error (RFC 1122 section 3.2.2).
