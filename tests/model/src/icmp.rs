@@ -4,7 +4,7 @@
 //! An error quotes the packet that it is about. Read backwards, the quote is the tuple of the other
 //! direction, whose packets go where the error must go: there it must quote what was sent there.
 
-use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Reason};
+use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Reason, settings_flags};
 
 use crate::checksum::update;
 use crate::decide::is_martian;
@@ -87,8 +87,8 @@ fn quote(case: &Case<'_>, packet: &Packet) -> Result<Quote, Reason> {
             }
             let addr = |at: usize| Addr(std::array::from_fn(|i| h[at + i]));
             // RFC 8200 section 4.5: the offset, in units of eight bytes, and three flags.
-            let (proto, chain) = match (proto, body.get(40 + chain..40 + chain + 4)) {
-                (44, Some(&[next, _, 0, flags])) if flags < 8 => (next, chain + 8),
+            let (proto, chain) = match (proto, body.get(40 + chain..40 + chain + 8)) {
+                (44, Some(&[next, _, 0, flags, ..])) if flags < 8 => (next, chain + 8),
                 (44, _) => return Err(Reason::Icmp),
                 _ => (proto, chain),
             };
@@ -296,7 +296,8 @@ fn seen_quoted_port(case: &Case<'_>, exit: Exit) -> Option<u16> {
 
 /// Whether an echo request is one that is answered.
 fn check_echo(case: &Case<'_>, packet: &Packet) -> Result<(), Reason> {
-    if !case.tables.is_vip(packet.dst()) {
+    let answers = case.tables.settings.flags & settings_flags::ANSWERS != 0;
+    if !answers || !case.tables.is_vip(packet.dst()) {
         return Err(Reason::Icmp);
     }
     if packet.has_options() {

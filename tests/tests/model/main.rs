@@ -73,10 +73,11 @@ fn packets_in_sequence_are_lawful_on_host_and_kernel() {
 }
 
 /// Reasons that no sequence leads to, and why.
-const ELSEWHERE: [(&str, &str); 7] = [
+const ELSEWHERE: [(&str, &str); 8] = [
     ("head_room", "the driver's doing"),
     ("no_metadata", "the driver's doing"),
     ("flow_changed", "another CPU's doing"),
+    ("echo_limited", "takes more packets than a case has"),
     ("flow_table_full", "takes sixteen clients of one set"),
     ("no_lane", "takes a program that is not in its place"),
     ("fragment", "fragments are left out"),

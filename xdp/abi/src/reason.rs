@@ -124,6 +124,7 @@ reasons! {
     52 Drop ClosedPort "closed_port" "a Service's address, but no Service has the port";
     53 Drop HopLimitExceeded "hop_limit_exceeded" "hop limit would reach zero on the way to another node or a pod";
     54 Drop FragmentOrphan "fragment_orphan" "later fragment to a Service or to our SNAT address whose first one was not seen";
+    55 Drop EchoLimited "echo_limited" "echo request to a Service's address, beyond the rate of answers";
 }
 
 impl Reason {

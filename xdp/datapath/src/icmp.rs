@@ -13,7 +13,7 @@
 //! all others: a wrong one stays wrong. RFC 5508 section 4 asks the same of every translator.
 
 use crate::access::{At, Frame, View};
-use crate::account::account;
+use crate::account::{self, account};
 use crate::csum::{Sum, update, update_udp};
 use crate::decide::{self, Origin, port_delta};
 use crate::env::Env;
@@ -21,6 +21,7 @@ use crate::field;
 use crate::flow::{self, Found, Tuple};
 use crate::hash::FlowHash;
 use crate::ingress;
+use crate::limit;
 use crate::parse::{self, General, L3};
 use crate::replay::{self, Departure, Located, Rewrite, Way};
 use crate::tc;
@@ -33,8 +34,9 @@ use crate::wire::{
 };
 use core::mem::offset_of;
 use sluice_abi::{
-    Addr, Be16, Be32, ExitKind, FlowRecord, Frontend, FrontendKey, Hook, IPPROTO_TCP, IPPROTO_UDP,
-    Pod, Reason, Scratch, Seeds, Settings, Vtep, frontend_flags, record_flags,
+    Addr, AnswerKind, Be16, Be32, ExitKind, FlowRecord, Frontend, FrontendKey, Hook, IPPROTO_TCP,
+    IPPROTO_UDP, Pod, Reason, Scratch, Seeds, Settings, Vtep, frontend_flags, record_flags,
+    settings_flags,
 };
 
 /// Hop limit of an answer (IANA default TTL).
@@ -464,7 +466,7 @@ fn from_pod<E: Env>(
         return Err(Reason::Icmp.into());
     }
     if message.kind == Kind::Echo {
-        return echo_at_pod(env, &packet, &message, ifindex);
+        return echo_at_pod(env, settings, &packet, &message, ifindex);
     }
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     let quote = stash_quote(env, scratch, &packet, &message)?;
@@ -656,15 +658,21 @@ fn write_addresses(
     addresses
 }
 
-/// Whether an echo request is answered here: it is for an address that is Services' alone, and comes
-/// from somewhere. Options would have to be turned round too (RFC 1122 section 3.2.2.6).
+/// Whether an echo request is answered here: answers are made, it is for an address that is Services'
+/// alone, and comes from somewhere. Options would have to be turned round too (RFC 1122 section
+/// 3.2.2.6).
 ///
 /// # Errors
-/// `Icmp`, `IpOptions` (pass); `Martian` (drop).
+/// `Fragment`, `Icmp`, `IpOptions` (pass); `Martian` (drop).
 #[inline(always)]
-fn check_echo<E: Env>(env: &E, packet: &Located<'_>) -> Step<()> {
-    if !is_vip(env, packet.ip.l3.dst()) {
+fn check_echo<E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> Step<()> {
+    let answers = field!(settings, Settings, flags).get() & settings_flags::ANSWERS != 0;
+    if !answers || !is_vip(env, packet.ip.l3.dst()) {
         return Err(Reason::Icmp.into());
+    }
+    if parse::is_first_fragment::<General, E>(env) {
+        // Half an answer would be none.
+        return Err(Reason::Fragment.into());
     }
     if packet.ip.has_options() {
         return Err(Reason::IpOptions.into());
@@ -678,6 +686,17 @@ fn check_echo<E: Env>(env: &E, packet: &Located<'_>) -> Step<()> {
     Ok(())
 }
 
+/// Counts an answer, and whether it may be given.
+///
+/// # Errors
+/// `EchoLimited` (drop).
+#[inline(always)]
+fn pay<E: Env>(env: &E, client: Addr) -> Step<()> {
+    let sent = limit::allow(env, client);
+    account::answer(env, AnswerKind::Echo, sent);
+    if sent { Ok(()) } else { Err(Reason::EchoLimited.into()) }
+}
+
 /// Answers an echo request to a Service's address the way that it came.
 #[inline(always)]
 fn echo_at_uplink<'e, E: Env>(
@@ -688,7 +707,7 @@ fn echo_at_uplink<'e, E: Env>(
     message: &Message<'_>,
     origin: &Origin<'_>,
 ) -> Step<Departure<'e>> {
-    check_echo(env, packet)?;
+    check_echo(env, settings, packet)?;
     let client = packet.ip.l3.src();
     if env.pod(&client).is_some() {
         return Err(Reason::Martian.into());
@@ -709,6 +728,7 @@ fn echo_at_uplink<'e, E: Env>(
     let port = FlowHash::new(seed, client, Be16::new(0), packet.ip.proto).outer_port();
     let reply_tags = field!(draft, FlowRecord, reply_tags);
     let tagged = door.way == Way::Frame && reply_tags.element(0).get() != Be32::new(0);
+    pay(env, client)?;
     packet.mark();
     write_echo(packet, message);
     let inside = replay::address(&door, packet, false, port);
@@ -721,11 +741,13 @@ fn echo_at_uplink<'e, E: Env>(
 #[inline(always)]
 fn echo_at_pod<E: Env>(
     env: &E,
+    settings: At<'_, Settings>,
     packet: &Located<'_>,
     message: &Message<'_>,
     ifindex: u32,
 ) -> Step<Verdict> {
-    check_echo(env, packet)?;
+    check_echo(env, settings, packet)?;
+    pay(env, packet.ip.l3.src())?;
     write_echo(packet, message);
     let eth = packet.outer;
     let (dst, src) = (field!(eth, Ethernet, dst).get(), field!(eth, Ethernet, src).get());
