@@ -1,9 +1,12 @@
 //! The one configuration file: TOML, read once, into types that cannot be wrong.
 //!
-//! Every key is documented in `default.toml` beside this file, which is what
+//! Every key is documented in `default.toml` beside this folder, which is what
 //! `sluice config show-default` prints and what [`Config::default`] is read from; there is no second
 //! place. A key that the file does not know, or a value out of its range, is an error that names the
 //! key, the value and the remedy.
+
+mod check;
+mod values;
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -11,10 +14,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
+
+use values::duration;
+
+pub use values::{Pattern, ServiceName};
 
 /// The documented default file.
-pub const DEFAULT_TOML: &str = include_str!("default.toml");
+pub const DEFAULT_TOML: &str = include_str!("../default.toml");
 
 /// Why a configuration is not usable.
 #[derive(Debug, thiserror::Error)]
@@ -347,82 +354,6 @@ pub struct Changes {
     pub mass_removal_minimum: u32,
 }
 
-/// A name with `*`, `?` and `[...]` as the shell has them.
-#[derive(Clone, Debug)]
-pub struct Pattern(glob::Pattern);
-
-impl Pattern {
-    /// Whether `name` fits.
-    pub fn matches(&self, name: &str) -> bool {
-        self.0.matches(name)
-    }
-
-    /// As it was written.
-    pub fn as_str(&self) -> &str {
-        self.0.as_str()
-    }
-}
-
-impl<'de> Deserialize<'de> for Pattern {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        if text.is_empty() {
-            return Err(serde::de::Error::custom(
-                "an empty interface name; write a name such as \"eth0\" or a pattern such as \"eth*\"",
-            ));
-        }
-        glob::Pattern::new(&text).map(Self).map_err(|e| {
-            serde::de::Error::custom(format!(
-                "{text:?} is no interface name or pattern ({e}); use *, ? and [...] as in the shell"
-            ))
-        })
-    }
-}
-
-/// `namespace/name` of a Service.
-#[derive(Clone, Debug)]
-pub struct ServiceName {
-    namespace: String,
-    name: String,
-}
-
-impl ServiceName {
-    /// The namespace.
-    pub fn namespace(&self) -> &str {
-        &self.namespace
-    }
-
-    /// The name in it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-}
-
-impl<'de> Deserialize<'de> for ServiceName {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        match text.split_once('/') {
-            Some((namespace, name))
-                if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
-            {
-                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
-            }
-            _ => Err(serde::de::Error::custom(format!(
-                "{text:?} names no Service; write \"namespace/name\""
-            ))),
-        }
-    }
-}
-
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text).map_err(|e| {
-        serde::de::Error::custom(format!(
-            "{text:?} is no duration ({e}); write a number with a unit, such as \"30s\", \"5m\", \"1h30m\""
-        ))
-    })
-}
-
 impl Default for Config {
     /// What `default.toml` says.
     fn default() -> Self {
@@ -473,174 +404,6 @@ impl Config {
         })?;
         config.check(path)?;
         Ok(config)
-    }
-
-    /// What no single value shows.
-    fn check(&self, path: &Path) -> Result<(), ConfigError> {
-        let fail = |key, value: String, problem: &str, remedy| {
-            Err(ConfigError::Invalid {
-                path: path.to_owned(),
-                key,
-                value,
-                problem: problem.to_owned(),
-                remedy,
-            })
-        };
-        if self.snat.first_port < 1024 || self.snat.first_port > self.snat.last_port {
-            return fail(
-                "snat.first_port",
-                self.snat.first_port.to_string(),
-                "not between 1024 and snat.last_port",
-                "write a range outside ip_local_port_range and the node ports, such as 16384 to 29999",
-            );
-        }
-        for (key, value) in [
-            ("answers.rate_per_source", self.answers.rate_per_source),
-            ("answers.burst_per_source", self.answers.burst_per_source),
-            ("answers.rate_per_cpu", self.answers.rate_per_cpu),
-            ("answers.burst_per_cpu", self.answers.burst_per_cpu),
-        ] {
-            if value == 0 {
-                return fail(
-                    key,
-                    "0".to_owned(),
-                    "nothing would ever be answered",
-                    "write answers.enabled = false if that is meant",
-                );
-            }
-        }
-        for (key, ports) in
-            [("fail_safe.tcp", &self.fail_safe.tcp), ("fail_safe.udp", &self.fail_safe.udp)]
-        {
-            if ports.len() > 8 {
-                return fail(
-                    key,
-                    format!("{ports:?}"),
-                    "more than 8 ports",
-                    "keep those that you need to reach a broken node",
-                );
-            }
-            if ports.contains(&0) {
-                return fail(key, format!("{ports:?}"), "port 0", "remove it");
-            }
-            if ports.iter().any(|port| self.snat.ports().contains(port)) {
-                return fail(
-                    key,
-                    format!("{ports:?}"),
-                    "a port between snat.first_port and snat.last_port",
-                    "move the SNAT ports: what comes to them is taken for a reply",
-                );
-            }
-        }
-        if !self.maps.flow_sets.is_power_of_two() || self.maps.flow_sets < 4 {
-            return fail(
-                "maps.flow_sets",
-                self.maps.flow_sets.to_string(),
-                "not a power of two, or less than 4",
-                "write a power of two; one set holds 16 connections and takes 3136 bytes",
-            );
-        }
-        if !self.maps.fragments.is_power_of_two() {
-            return fail(
-                "maps.fragments",
-                self.maps.fragments.to_string(),
-                "not a power of two",
-                "write a power of two; an entry takes 64 bytes",
-            );
-        }
-        for (key, value) in [
-            ("maps.frontends", self.maps.frontends),
-            ("maps.backends", self.maps.backends),
-            ("maps.services", self.maps.services),
-            ("maps.maglev", self.maps.maglev),
-            ("maps.pods", self.maps.pods),
-            ("maps.vteps", self.maps.vteps),
-            ("maps.vtep_sources", self.maps.vtep_sources),
-            ("maps.nexthops", self.maps.nexthops),
-        ] {
-            if !(2..=1 << 28).contains(&value) {
-                return fail(
-                    key,
-                    value.to_string(),
-                    "not between 2 and 268435456",
-                    "leave the key out for the default",
-                );
-            }
-        }
-        if self.maglev.max_table < 2 || self.maglev.max_table > self.maps.maglev {
-            return fail(
-                "maglev.max_table",
-                self.maglev.max_table.to_string(),
-                "less than 2 or more than maps.maglev",
-                "write about 100 times the largest number of endpoints of a Service",
-            );
-        }
-        if self.changes.mass_removal_percent > 100 {
-            return fail(
-                "changes.mass_removal_percent",
-                self.changes.mass_removal_percent.to_string(),
-                "more than 100",
-                "write 1 to 100; 100 holds only the loss of everything",
-            );
-        }
-        let t = &self.timeouts;
-        for (key, value) in [
-            ("timeouts.tcp_syn", t.tcp_syn),
-            ("timeouts.tcp_established", t.tcp_established),
-            ("timeouts.tcp_closing", t.tcp_closing),
-            ("timeouts.udp_oneway", t.udp_oneway),
-            ("timeouts.udp_replied", t.udp_replied),
-            ("timeouts.stamp", t.stamp),
-            ("timeouts.redecide", t.redecide),
-            ("timeouts.sweep", t.sweep),
-        ] {
-            // Records hold 32 bits of jiffies and ages are compared within half of that: at 1000
-            // ticks a second twelve days are the limit.
-            if value.is_zero() || value > Duration::from_secs(10 * 24 * 3600) {
-                return fail(
-                    key,
-                    humantime::format_duration(value).to_string(),
-                    "zero, or more than 10 days",
-                    "leave the key out for the default",
-                );
-            }
-        }
-        let shortest = t.tcp_syn.min(t.tcp_closing).min(t.udp_oneway);
-        if t.stamp * 2 > shortest {
-            return fail(
-                "timeouts.stamp",
-                humantime::format_duration(t.stamp).to_string(),
-                "more than half of the shortest timeout: living connections would expire",
-                "write 1s",
-            );
-        }
-        for (key, dir) in [("pin_dir", &self.pin_dir), ("run_dir", &self.run_dir)] {
-            if !dir.is_absolute() {
-                return fail(
-                    key,
-                    dir.display().to_string(),
-                    "not an absolute path",
-                    "write the path from / on",
-                );
-            }
-        }
-        if self.source.path.as_os_str().is_empty() {
-            return fail(
-                "source.path",
-                "\"\"".to_owned(),
-                "no directory",
-                "write the directory that holds the manifests",
-            );
-        }
-        if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
-            return fail(
-                "log.level",
-                self.log.level.clone(),
-                "no level and no filter",
-                "write error, warn, info, debug, trace or a filter such as \"sluice=debug,info\"",
-            );
-        }
-        Ok(())
     }
 
     /// The node's name: the configured one or the host name.
