@@ -292,6 +292,10 @@ fn quote<'a, E: Env>(env: &E, packet: &Located<'_>, message: &Message<'a>) -> St
         (L3::V4(at), header.protocol, header_len)
     } else {
         let at = message.body.at::<Ipv6>().ok_or(Reason::IcmpMalformed)?;
+        // What follows the message in its frame is not of the quote.
+        if message.body_len < size_of::<Ipv6>() as u32 {
+            return Err(Reason::IcmpMalformed.into());
+        }
         if field!(at, Ipv6, version_class_flow).get().host() >> 28 != 6 {
             return Err(Reason::IcmpMalformed.into());
         }
