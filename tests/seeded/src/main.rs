@@ -1,5 +1,5 @@
 //! Draws cases until the model disagrees: exit status 1 and what it says, or 0 if it never does. The
-//! argument is the number of cases.
+//! arguments are the number of cases and, if not the usual one, the seed.
 
 #[path = "../../src/host.rs"]
 pub mod host;
@@ -13,9 +13,9 @@ pub mod world;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cases = std::env::args().nth(1).and_then(|text| text.parse().ok());
-    let cases = cases.expect("a number of cases");
-    match sequence::hunt(cases, 1, &mut ()) {
+    let number = |n| std::env::args().nth(n).and_then(|text| text.parse::<u32>().ok());
+    let cases = number(1).expect("a number of cases");
+    match sequence::hunt(cases, number(2).unwrap_or(1).into(), &mut ()) {
         Ok(hunt) => {
             println!("{} cases, {} packets, all lawful", hunt.cases, hunt.packets);
             ExitCode::SUCCESS
