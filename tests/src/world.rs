@@ -676,8 +676,10 @@ fn vteps() -> Vec<Vtep> {
             local_mac: t.mac,
             nexthop,
             tunnel,
-            pod_nets: nets(third),
+            class: 0,
+            class_kept: 0,
             reserved: 0,
+            pod_nets: nets(third),
         }
     };
     vec![

@@ -87,7 +87,8 @@ layouts! {
     }
     Tunnel { vni, ifindex, addr_v4, addr_v6, mac, port, local }
     Vtep {
-        remote, local, vni, port, ip_sum, remote_mac, local_mac, nexthop, tunnel, pod_nets, reserved
+        remote, local, vni, port, ip_sum, remote_mac, local_mac, nexthop, tunnel, class,
+        class_kept, reserved, pod_nets
     }
     VtepKey { source, vni }
 }

@@ -285,12 +285,17 @@ impl Packet {
         }
     }
 
-    /// The ECN field (RFC 3168 section 5, RFC 8200 section 7).
-    pub fn ecn(&self) -> u8 {
-        3 & match &self.header {
+    /// Type of service or traffic class.
+    pub fn class(&self) -> u8 {
+        match &self.header {
             Header::V4(h) => h.class,
             Header::V6(h) => h.class,
         }
+    }
+
+    /// The ECN field (RFC 3168 section 5, RFC 8200 section 7).
+    pub fn ecn(&self) -> u8 {
+        self.class() & 3
     }
 
     /// Writes the ECN field; the IPv4 header checksum follows.

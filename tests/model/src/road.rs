@@ -263,7 +263,7 @@ pub fn encapsulate(
     let inside = Packet { padding: Vec::new(), ..inner.clone() };
     let with = |checksum: u16| {
         let payload = datagram(vtep, src_port, checksum, &inside);
-        let header = outer_header(vtep.local, vtep.remote, inner.ecn(), payload.len());
+        let header = outer_header(vtep.local, vtep.remote, outer_class(vtep, inner), payload.len());
         let ethertype = match header {
             Header::V4(_) => ethertype::IPV4,
             Header::V6(_) => ethertype::IPV6,
@@ -307,15 +307,22 @@ impl Packet {
     }
 }
 
-/// The outer IP header: the inner ECN field is copied (RFC 6040 section 4.1), the datagram may not
+/// The DSCP is the administrator's to choose (RFC 2983 section 3), a number or the inner one; the
+/// inner ECN field is copied (RFC 6040 section 4.1).
+fn outer_class(vtep: &Vtep, inner: &Packet) -> u8 {
+    let dscp = if vtep.class_kept == 0 { vtep.class } else { inner.class() };
+    dscp & !3 | inner.ecn()
+}
+
+/// The outer IP header: the datagram may not
 /// be fragmented, so that it needs no identification (RFC 6864 section 4.1).
-fn outer_header(src: Addr, dst: Addr, ecn: u8, payload_len: usize) -> Header {
+fn outer_header(src: Addr, dst: Addr, class: u8, payload_len: usize) -> Header {
     const HOP_LIMIT: u8 = 64;
     const DONT_FRAGMENT: u16 = 0x4000;
     match dst.family() {
         Family::V4 => {
             let mut header = V4 {
-                class: ecn,
+                class,
                 total_len: (20 + payload_len) as u16,
                 id: 0,
                 fragment: DONT_FRAGMENT,
@@ -330,7 +337,7 @@ fn outer_header(src: Addr, dst: Addr, ecn: u8, payload_len: usize) -> Header {
             Header::V4(header)
         }
         Family::V6 => Header::V6(V6 {
-            class: ecn,
+            class,
             flow_label: 0,
             payload_len: payload_len as u16,
             next_header: IPPROTO_UDP,

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
-use sluice_abi::{Addr, Delivery, IPPROTO_TCP, IPPROTO_UDP, VtepKey, settings_flags};
+use sluice_abi::{Addr, Delivery, IPPROTO_TCP, IPPROTO_UDP, Vtep, VtepKey, settings_flags};
 
 use crate::world::{
     Be, FAMILIES, HOP_GATEWAY, HOP_ROUTER, PROTOCOLS, Svc, VNI_BARE, VTEP_BARE, World, ip, size,
@@ -41,6 +41,8 @@ pub struct Plan {
     pub broken: u8,
     /// The tunnel without a vxlan device is known by its peer's address.
     pub bare_tunnel: bool,
+    /// DSCP of outer headers; nothing for the inner one's.
+    pub outer_dscp: Option<u8>,
     /// What has been bumped so far.
     pub epoch: u32,
 }
@@ -129,6 +131,10 @@ impl Plan {
                 world.next_hops[hop as usize].ifindex = 0;
             }
         }
+        for vtep in &mut world.vteps {
+            vtep.class = self.outer_dscp.unwrap_or_default() << 2;
+            vtep.class_kept = if self.outer_dscp.is_some() { 0 } else { !Vtep::ECN };
+        }
         if self.bare_tunnel {
             let source = ip::peer(sluice_abi::Family::V4);
             world.vtep_sources.insert(VtepKey { source, vni: vni(VNI_BARE) }, VTEP_BARE);
@@ -183,11 +189,12 @@ pub fn plan() -> impl Strategy<Value = Plan> {
         prop_oneof![8 => Just(0u16), 1 => 1u16..4],
         prop_oneof![20 => Just(0u8), 1 => 0u8..16],
         rarely(20.0),
+        prop_oneof![4 => Just(Some(0)), 1 => prop::option::of(0u8..64)],
     );
     (base, services, ways).prop_map(|(base, services, ways)| {
         let (replace, bypass, mtu, redirect_to_stack_pod, stack_to_redirect_pod, affinity) = base;
         let (extents, local) = services;
-        let (unresolved, snat_ports, broken, bare_tunnel) = ways;
+        let (unresolved, snat_ports, broken, bare_tunnel, outer_dscp) = ways;
         Plan {
             replace,
             bypass,
@@ -201,6 +208,7 @@ pub fn plan() -> impl Strategy<Value = Plan> {
             snat_ports,
             broken,
             bare_tunnel,
+            outer_dscp,
             epoch: 0,
         }
     })

@@ -238,13 +238,30 @@ pub struct Vtep {
     pub nexthop: u32,
     /// Index of the own tunnel that the VTEP belongs to.
     pub tunnel: u32,
+    /// Outer traffic class: the DSCP (RFC 2474) in the upper six bits, zero in the others.
+    pub class: u8,
+    /// Bits of the inner traffic class that the outer one has too; the ECN field always is
+    /// (RFC 6040).
+    pub class_kept: u8,
+    /// Zero.
+    pub reserved: u16,
     /// Pod CIDRs of the peer, either family.
     pub pod_nets: [PodNet; 4],
-    /// Zero.
-    pub reserved: u32,
 }
 
+// What encapsulation reads is one cache line.
+const _: () = assert!(core::mem::offset_of!(Vtep, pod_nets) == 64);
+
 impl Vtep {
+    /// The ECN field of a traffic class (RFC 3168 section 5).
+    pub const ECN: u8 = 0b11;
+
+    /// The traffic class of outer headers around a packet with this one.
+    #[inline(always)]
+    pub const fn outer_class(class: u8, kept: u8, inner: u8) -> u8 {
+        inner & (kept | Self::ECN) | class
+    }
+
     /// Hop limit of outer headers: what the kernel's vxlan device sends by default.
     pub const OUTER_HOP_LIMIT: u8 = 64;
     /// Flags and fragment offset of outer IPv4 headers: DF. With the identification always zero a
@@ -253,7 +270,7 @@ impl Vtep {
 
     /// [`Vtep::ip_sum`] of an outer IPv4 header (RFC 791 section 3.1): identification 0,
     /// [`Vtep::OUTER_FRAGMENT`], [`Vtep::OUTER_HOP_LIMIT`], UDP, and both addresses. Missing are the
-    /// first word, which carries the inner packet's ECN bits (RFC 6040), and the total length.
+    /// first word, which carries the traffic class, and the total length.
     pub const fn outer_ip_sum(local: Addr, remote: Addr) -> u16 {
         let (l, r) = (local.v4_bytes(), remote.v4_bytes());
         let words = [

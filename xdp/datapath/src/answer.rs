@@ -411,7 +411,13 @@ fn outer_link<E: Env, F: Frame>(
         let seeds = field!(env.settings()?, Settings, seeds);
         let hash =
             FlowHash::new(field!(seeds, Seeds, flow).get(), came.src, Be16::new(0), IPPROTO_ICMP);
-        let inside = Inside { ip_len, port: hash.outer_port(), ecn: 0, sum };
+        let inner = frame.view().skip(env.forget(lead) as usize & 0x7f).skip(size_of::<Ethernet>());
+        // Our own IPv6 headers have no class.
+        let class = match came.v4 {
+            true => field!(inner.at::<Ipv4>()?, Ipv4, tos).get(),
+            false => 0,
+        };
+        let inside = Inside { ip_len, port: hash.outer_port(), class, sum };
         let outer = frame.view().skip(env.forget(came.tags_len) as usize & 0xf);
         if !encap::write_behind_macs(outer, outer.at::<Ethernet>()?, vtep, &inside) {
             return None;

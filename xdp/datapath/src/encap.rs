@@ -27,8 +27,8 @@ pub struct Inside {
     pub ip_len: u32,
     /// Outer UDP source port: entropy for the underlay's load balancing.
     pub port: Be16,
-    /// The inner ECN field (RFC 6040 section 4.1, normal mode: copied).
-    pub ecn: u8,
+    /// The inner traffic class; its ECN field is copied (RFC 6040 section 4.1, normal mode).
+    pub class: u8,
     /// Sum of the inner frame, zero if it is not known (outer headers over IPv4 need none).
     pub sum: u16,
 }
@@ -144,15 +144,22 @@ pub fn write_behind_macs(
 }
 
 #[inline(always)]
+fn outer_class(vtep: At<'_, Vtep>, inside: &Inside) -> u8 {
+    let (class, kept) = (field!(vtep, Vtep, class).get(), field!(vtep, Vtep, class_kept).get());
+    Vtep::outer_class(class, kept, inside.class)
+}
+
+#[inline(always)]
 fn write_v4(ip: At<'_, Ipv4>, vtep: At<'_, Vtep>, inside: &Inside) {
     let total_len = Be16::new(inside.ip_len as u16 + 20 + INNER_OVERHEAD);
-    let class = Be16::new(0x4500 | inside.ecn as u16);
+    let class = outer_class(vtep, inside);
+    let first = Be16::new(0x4500 | class as u16);
     let sum = Sum(field!(vtep, Vtep, ip_sum).get() as u64)
-        .add16(class.raw())
+        .add16(first.raw())
         .add16(total_len.raw())
         .fold();
     field!(ip, Ipv4, version_ihl).set(0x45);
-    field!(ip, Ipv4, tos).set(inside.ecn);
+    field!(ip, Ipv4, tos).set(class);
     field!(ip, Ipv4, total_len).set(total_len);
     field!(ip, Ipv4, id).set(Be16::new(0));
     field!(ip, Ipv4, fragment).set(Vtep::OUTER_FRAGMENT);
@@ -167,8 +174,8 @@ fn write_v4(ip: At<'_, Ipv4>, vtep: At<'_, Vtep>, inside: &Inside) {
 #[inline(always)]
 fn write_v6(ip: At<'_, Ipv6>, vtep: At<'_, Vtep>, inside: &Inside) -> u16 {
     let (src, dst) = (field!(vtep, Vtep, local).get(), field!(vtep, Vtep, remote).get());
-    let class = Be32::new(0x6000_0000 | (inside.ecn as u32) << 20);
-    field!(ip, Ipv6, version_class_flow).set(class);
+    let first = Be32::new(0x6000_0000 | (outer_class(vtep, inside) as u32) << 20);
+    field!(ip, Ipv6, version_class_flow).set(first);
     field!(ip, Ipv6, payload_len).set(Be16::new(inside.ip_len as u16 + INNER_OVERHEAD));
     field!(ip, Ipv6, next_header).set(IPPROTO_UDP);
     field!(ip, Ipv6, hop_limit).set(HOP_LIMIT);

@@ -434,7 +434,7 @@ pub fn is_plain(door: &Door<'_>, packet: &Located<'_>) -> bool {
 #[inline(always)]
 pub fn address(door: &Door<'_>, packet: &Located<'_>, summed: bool, port: Be16) -> Inside {
     let (dst, src) = (field!(packet.eth, Ethernet, dst), field!(packet.eth, Ethernet, src));
-    let mut inside = Inside { ip_len: packet.ip.len, port, ecn: 0, sum: 0 };
+    let mut inside = Inside { ip_len: packet.ip.len, port, class: 0, sum: 0 };
     if packet.tags != 0 && door.takes_hop() {
         let v4 = packet.ip.l3.is_v4();
         field!(packet.eth, Ethernet, ethertype).set(if v4 {
@@ -446,7 +446,7 @@ pub fn address(door: &Door<'_>, packet: &Located<'_>, summed: bool, port: Be16) 
     if let Some(vtep) = door.vtep {
         dst.copy_from(field!(vtep, Vtep, remote_mac));
         src.copy_from(field!(vtep, Vtep, local_mac));
-        inside.ecn = ecn(&packet.ip);
+        inside.class = class(&packet.ip);
         if summed && door.is_tunnel_v6() {
             inside.sum = encap::inner_sum(packet);
         }
@@ -579,9 +579,15 @@ fn change_ecn_of_frame(view: View<'_>, bits: u32) {
 /// The ECN field (RFC 3168 section 5).
 #[inline(always)]
 pub fn ecn(ip: &Ip<'_>) -> u8 {
+    class(ip) & Vtep::ECN
+}
+
+/// Type of service or traffic class: DSCP (RFC 2474) and ECN.
+#[inline(always)]
+fn class(ip: &Ip<'_>) -> u8 {
     match ip.l3 {
-        L3::V4(at) => field!(at, Ipv4, tos).get() & 3,
-        L3::V6(at) => (field!(at, Ipv6, version_class_flow).get().host() >> 20) as u8 & 3,
+        L3::V4(at) => field!(at, Ipv4, tos).get(),
+        L3::V6(at) => (field!(at, Ipv6, version_class_flow).get().host() >> 20) as u8,
     }
 }
 

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::compile::{DesiredRoute, DesiredVtep, TunnelName, VtepName};
-use crate::model::{NextHopFacts, PodFacts, Protocol, Tuple};
+use crate::model::{NextHopFacts, OuterDscp, PodFacts, Protocol, Tuple};
 use crate::names::VtepLabel;
 use crate::{Desired, Names, Skipped, Tables};
 use space::{Ids, Resting};
@@ -388,6 +388,10 @@ fn vtep_value(name: &VtepName, vtep: &DesiredVtep, nexthop: u32, tunnel: u32) ->
         }
         *place = PodNet { net: net.network().into(), mask };
     }
+    let (dscp, class_kept) = match vtep.outer_dscp {
+        OuterDscp::Value(dscp) => (dscp, 0),
+        OuterDscp::Inherit => (0, !Vtep::ECN),
+    };
     Vtep {
         remote,
         local,
@@ -398,6 +402,8 @@ fn vtep_value(name: &VtepName, vtep: &DesiredVtep, nexthop: u32, tunnel: u32) ->
         local_mac: vtep.local_mac,
         nexthop,
         tunnel,
+        class: dscp << 2,
+        class_kept,
         pod_nets,
         ..Vtep::default()
     }
@@ -435,6 +441,7 @@ mod tests {
             remote_mac: Mac([2, 0, 0, 0, 0, 2]),
             local_mac: Mac([2, 0, 0, 0, 0, 1]),
             tunnel: TunnelName { vni: 7, ifindex: 4 },
+            outer_dscp: OuterDscp::default(),
             pod_cidrs: pod_cidrs.iter().filter_map(|net| net.parse().ok()).collect(),
             node: None,
         };
@@ -467,6 +474,28 @@ mod tests {
         header[16..20].copy_from_slice(&[192, 0, 2, 2]);
         let words = header.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])));
         assert_eq!(fold(words.sum()), 0xffff);
+    }
+
+    #[test]
+    fn outer_class_has_the_dscp_that_is_wanted_and_always_the_inner_ecn() {
+        let name = VtepName { vni: 7, remote: [192, 0, 2, 2].into() };
+        let of = |outer_dscp, inner| {
+            let desired = DesiredVtep {
+                local: [192, 0, 2, 1].into(),
+                port: 8472,
+                remote_mac: Mac([2, 0, 0, 0, 0, 2]),
+                local_mac: Mac([2, 0, 0, 0, 0, 1]),
+                tunnel: TunnelName { vni: 7, ifindex: 4 },
+                outer_dscp,
+                pod_cidrs: Vec::new(),
+                node: None,
+            };
+            let vtep = vtep_value(&name, &desired, 3, 1);
+            Vtep::outer_class(vtep.class, vtep.class_kept, inner)
+        };
+        assert_eq!(of(OuterDscp::default(), 46 << 2 | 2), 2);
+        assert_eq!(of(OuterDscp::Value(63), 46 << 2 | 1), 63 << 2 | 1);
+        assert_eq!(of(OuterDscp::Inherit, 46 << 2 | 3), 46 << 2 | 3);
     }
 
     #[test]

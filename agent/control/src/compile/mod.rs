@@ -16,8 +16,8 @@ use tunnels::CidrTable;
 use crate::Skipped;
 use crate::endpoints::{Selection, select};
 use crate::model::{
-    Endpoint, EndpointSlice, MaglevSettings, NextHopFacts, NodeContext, ObjectName, PodFacts,
-    ServicePortName, Snapshot, Tuple,
+    Endpoint, EndpointSlice, MaglevSettings, NextHopFacts, NodeContext, ObjectName, OuterDscp,
+    PodFacts, ServicePortName, Snapshot, Tuple,
 };
 
 /// A set of backends that shares one consistent-hash table.
@@ -99,6 +99,8 @@ pub struct DesiredVtep {
     pub local_mac: Mac,
     /// Own tunnel.
     pub tunnel: TunnelName,
+    /// DSCP of outer headers.
+    pub outer_dscp: OuterDscp,
     /// Pod CIDRs of the peer, four at most.
     pub pod_cidrs: Vec<IpNet>,
     /// Node, if known.

@@ -111,6 +111,7 @@ pub(super) fn compile(
                     remote_mac: peer.mac,
                     local_mac: facts.mac,
                     tunnel: name,
+                    outer_dscp: node.outer_dscp,
                     pod_cidrs,
                     node: peer.node.map(|node| node.name.clone()),
                 },

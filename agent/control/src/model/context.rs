@@ -150,6 +150,58 @@ impl Default for FailSafe {
     }
 }
 
+/// DSCP (RFC 2474) of the outer headers of tunnelled packets. Written as a number or `inherit`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(try_from = "DscpText", into = "DscpText")]
+pub enum OuterDscp {
+    /// That of the packet inside.
+    Inherit,
+    /// This one, 0 to 63.
+    Value(u8),
+}
+
+impl Default for OuterDscp {
+    /// As the kernel's vxlan device sends by default.
+    fn default() -> Self {
+        Self::Value(0)
+    }
+}
+
+/// How a DSCP is written.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum DscpText {
+    Number(i64),
+    Word(String),
+}
+
+impl TryFrom<DscpText> for OuterDscp {
+    type Error = String;
+
+    fn try_from(text: DscpText) -> Result<Self, String> {
+        match text {
+            DscpText::Number(n) => u8::try_from(n)
+                .ok()
+                .filter(|n| *n < 64)
+                .map(Self::Value)
+                .ok_or(format!("{n} is no DSCP; write a number from 0 to 63 or \"inherit\"")),
+            DscpText::Word(word) if word == "inherit" => Ok(Self::Inherit),
+            DscpText::Word(word) => {
+                Err(format!("{word:?} is no DSCP; write a number from 0 to 63 or \"inherit\""))
+            }
+        }
+    }
+}
+
+impl From<OuterDscp> for DscpText {
+    fn from(dscp: OuterDscp) -> Self {
+        match dscp {
+            OuterDscp::Inherit => Self::Word("inherit".to_owned()),
+            OuterDscp::Value(n) => Self::Number(n.into()),
+        }
+    }
+}
+
 /// Everything about this node that compiling needs.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -166,6 +218,8 @@ pub struct NodeContext {
     pub pod_cidrs: Vec<IpNet>,
     /// Own vxlan devices.
     pub tunnels: Vec<TunnelFacts>,
+    /// DSCP of what we tunnel.
+    pub outer_dscp: OuterDscp,
     /// Tunnel ends of other nodes from the kernel; those from Node objects are added by compile.
     pub peers: Vec<PeerFacts>,
     /// How to reach the addresses of [`crate::wanted_next_hops`].

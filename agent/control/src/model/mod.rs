@@ -5,7 +5,8 @@ mod context;
 mod object;
 
 pub use context::{
-    FailSafe, MaglevSettings, Mode, NextHopFacts, NodeContext, PeerFacts, PodFacts, TunnelFacts,
+    FailSafe, MaglevSettings, Mode, NextHopFacts, NodeContext, OuterDscp, PeerFacts, PodFacts,
+    TunnelFacts,
 };
 pub use object::{
     Endpoint, EndpointPort, EndpointSlice, Node, NodeTunnel, Object, ObjectName, Pod, Protocol,

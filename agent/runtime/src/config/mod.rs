@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use sluice_control::model::OuterDscp;
 
 use values::duration;
 
@@ -169,6 +170,8 @@ pub struct Datapath {
     pub behaviour: Behaviour,
     /// How frames reach pods of this node.
     pub delivery: DeliveryChoice,
+    /// DSCP of what is tunnelled.
+    pub outer_dscp: OuterDscp,
     /// Features of devices that stand in the way of XDP may be switched.
     pub change_device_features: bool,
     /// Overrides for single interfaces, by name.
@@ -519,6 +522,8 @@ mod tests {
             ("[maps]\nfragments = 0", ["maps.fragments = 0", "power of two"]),
             ("[datapath]\nmode = 'fast'", ["fast", "native"]),
             ("[datapath]\nuplinks = ['[']", ["[", "shell"]),
+            ("[datapath]\nouter_dscp = 64", ["64", "inherit"]),
+            ("[datapath]\nouter_dscp = 'high'", ["high", "0 to 63"]),
             ("[snat]\nfirst_port = 40000\nlast_port = 300", ["40000", "16384"]),
             ("[answers]\nrate_per_cpu = 0", ["answers.rate_per_cpu = 0", "enabled = false"]),
             ("[answers]\nburst_per_cpu = 70000", ["burst_per_cpu = 70000", "u16"]),

@@ -241,6 +241,7 @@ pub fn join(kernel: &Kernel, config: &Config, pod_cidrs: &[IpNet]) -> Facts {
         })
         .map(|(_, address, _, _)| *address)
         .collect();
+    context.outer_dscp = config.datapath.outer_dscp;
     context.pod_cidrs = pod_cidrs.to_vec();
     context.maglev =
         MaglevSettings { max_size: config.maglev.max_table, cluster_seed: config.cluster_seed };
