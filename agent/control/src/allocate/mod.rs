@@ -433,7 +433,7 @@ mod tests {
     use super::*;
     use sluice_abi::{Addr, IPPROTO_UDP, Mac};
 
-    fn vtep(pod_cidrs: &[&str]) -> Vtep {
+    fn vtep(outer_dscp: OuterDscp, pod_cidrs: &[&str]) -> Vtep {
         let name = VtepName { vni: 7, remote: [192, 0, 2, 2].into() };
         let desired = DesiredVtep {
             local: [192, 0, 2, 1].into(),
@@ -441,7 +441,7 @@ mod tests {
             remote_mac: Mac([2, 0, 0, 0, 0, 2]),
             local_mac: Mac([2, 0, 0, 0, 0, 1]),
             tunnel: TunnelName { vni: 7, ifindex: 4 },
-            outer_dscp: OuterDscp::default(),
+            outer_dscp,
             pod_cidrs: pod_cidrs.iter().filter_map(|net| net.parse().ok()).collect(),
             node: None,
         };
@@ -451,7 +451,7 @@ mod tests {
     /// The header as the datapath writes it: the table's sum, the first word, the total length.
     #[test]
     fn vtep_sum_completes_to_a_right_outer_header_checksum() {
-        let vtep = vtep(&[]);
+        let vtep = vtep(OuterDscp::default(), &[]);
         let (ecn, total_len) = (2u8, 1450u16);
         let fold = |mut sum: u32| {
             while sum > 0xffff {
@@ -478,19 +478,8 @@ mod tests {
 
     #[test]
     fn outer_class_has_the_dscp_that_is_wanted_and_always_the_inner_ecn() {
-        let name = VtepName { vni: 7, remote: [192, 0, 2, 2].into() };
         let of = |outer_dscp, inner| {
-            let desired = DesiredVtep {
-                local: [192, 0, 2, 1].into(),
-                port: 8472,
-                remote_mac: Mac([2, 0, 0, 0, 0, 2]),
-                local_mac: Mac([2, 0, 0, 0, 0, 1]),
-                tunnel: TunnelName { vni: 7, ifindex: 4 },
-                outer_dscp,
-                pod_cidrs: Vec::new(),
-                node: None,
-            };
-            let vtep = vtep_value(&name, &desired, 3, 1);
+            let vtep = vtep(outer_dscp, &[]);
             Vtep::outer_class(vtep.class, vtep.class_kept, inner)
         };
         assert_eq!(of(OuterDscp::default(), 46 << 2 | 2), 2);
@@ -500,7 +489,7 @@ mod tests {
 
     #[test]
     fn vtep_holds_vni_as_on_the_wire_and_masks_of_both_families() {
-        let vtep = vtep(&["10.244.2.0/23", "fd00:244:2::/64"]);
+        let vtep = vtep(OuterDscp::default(), &["10.244.2.0/23", "fd00:244:2::/64"]);
         assert_eq!(vtep.vni.raw().to_ne_bytes(), [0, 0, 7, 0]);
         let inside = |text: &str| {
             let addr: IpAddr = text.parse().expect("literal");
