@@ -30,7 +30,6 @@ use crate::wire::{
     Ethernet, Extension, FRAGMENT_MASK, ICMP_ECHO, ICMP_ECHO_REPLY, ICMP_PARAMETER, ICMP_REDIRECT,
     ICMP_SOURCE_QUENCH, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE, ICMPV6_ECHO, ICMPV6_ECHO_REPLY,
     ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, Ports, Tcp, Udp,
-    Vxlan,
 };
 use core::mem::offset_of;
 use sluice_abi::{
@@ -160,20 +159,13 @@ fn plan<'e, E: Env>(
     let (outer, mut tunnel) = (packet, 0);
     if packet.ip.proto == IPPROTO_UDP {
         // It is inside a tunnel, or it would not have come here.
-        if outer.ip.has_options() {
-            return Err(Reason::IpOptions.into());
-        }
         let udp = parse::transport::<General, E>(env, outer.l3, &outer.ip)?;
         if !ingress::is_vxlan(settings, udp.dst) {
             return Err(Reason::Icmp.into());
         }
-        let payload = outer.l3.skip(outer.ip.l3.header_len());
-        let (index, vtep, room) = ingress::source(env, settings, &outer.ip, payload)?;
-        let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
         let link =
             parse::Link { first: outer.outer, last: outer.eth, tags: outer.tags, l3: outer.l3 };
-        packet = ingress::inside::<General, E>(env, &link, &outer.ip, inner, vtep, room)?;
-        tunnel = index;
+        (tunnel, packet) = ingress::open::<General, E>(env, settings, &link, &outer.ip)?;
     }
     let uplink = ifindex;
     let (ifindex, tags) = if tunnel == 0 { (ifindex, packet.tags) } else { (0, 0) };

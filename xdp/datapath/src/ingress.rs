@@ -122,7 +122,7 @@ fn plan<'e, P: Form, E: Env>(
 /// # Errors
 /// `Fragment`, `IpOptions` (pass), and those of [`source`] and [`inside`].
 #[inline(always)]
-fn open<'f, P: Form, E: Env>(
+pub(crate) fn open<'f, P: Form, E: Env>(
     env: &E,
     settings: At<'_, Settings>,
     link: &Link<'f>,
@@ -154,7 +154,7 @@ pub(crate) fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
 /// `VxlanFlags`, `ForeignTunnel`, `UnknownVtepPassed` (pass); `VxlanMalformed`, `UnknownVtep`
 /// (drop).
 #[inline(always)]
-pub(crate) fn source<'a, E: Env>(
+fn source<'a, E: Env>(
     env: &'a E,
     settings: At<'a, Settings>,
     ip: &Ip<'_>,
@@ -204,7 +204,7 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
 /// Those of [`parse::ethernet`]; `Group`, `InnerNotLocal` (pass); `VxlanMalformed`, `IpMalformed`,
 /// `InnerSource`, `Ecn` (drop).
 #[inline(always)]
-pub(crate) fn inside<'f, P: Form, E: Env>(
+fn inside<'f, P: Form, E: Env>(
     env: &E,
     outer_link: &Link<'f>,
     outer: &Ip<'f>,
