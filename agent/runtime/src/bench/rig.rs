@@ -270,7 +270,7 @@ impl Rig {
             return Ok(packet.clone());
         }
         let (address, port) = BenchRun::flow(0);
-        let client = tables::client(scenario.family, false);
+        let client = scenario.client();
         debug_assert_eq!(address, 0);
         let (backend, source_port) = self.source_of(client, port)?;
         let packet = scenario.reply(backend, source_port);

@@ -3,7 +3,7 @@
 use sluice_abi::{Addr, BenchTarget, Family, Reason};
 
 use super::packet::{ACK, Packet, SYN, Segment};
-use super::tables::{self, LINK_MAC, PEER_MAC, TUNNEL_MAC, UPLINK_MAC};
+use super::tables::{self, Clients, LINK_MAC, PEER_MAC, TUNNEL_MAC, UPLINK_MAC};
 
 /// A path through the program.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -115,6 +115,15 @@ impl Kind {
         matches!(self, Kind::DnatNew | Kind::DecapDnatNew)
     }
 
+    /// Whose packets they are, unless they come from a pod.
+    const fn clients(self) -> Clients {
+        match self {
+            Kind::DnatNew | Kind::DecapDnatNew => Clients::New,
+            Kind::DnatRemote | Kind::ReplyRemote => Clients::Remote,
+            _ => Clients::Local,
+        }
+    }
+
     /// Whether the number of flows can be chosen.
     const fn has_flows(self) -> bool {
         matches!(
@@ -202,7 +211,7 @@ impl Scenario {
         let outside = |dst: Addr| Segment {
             dst_mac: UPLINK_MAC,
             src_mac: LINK_MAC,
-            src: tables::client(family, self.kind.is_new()),
+            src: tables::client(family, self.kind.clients()),
             dst,
             src_port: 0,
             dst_port: tables::SERVICE_PORT,
@@ -231,7 +240,7 @@ impl Scenario {
     pub fn client(&self) -> Addr {
         match self.kind {
             Kind::DecapDnat => tables::peer_client(self.family, false),
-            _ => tables::client(self.family, false),
+            _ => tables::client(self.family, self.kind.clients()),
         }
     }
 

@@ -60,10 +60,22 @@ const fn of(family: Family, four: Addr, six: Addr) -> Addr {
     }
 }
 
-/// Clients outside the cluster; `new` keeps those that are never seen again apart.
-pub const fn client(family: Family, new: bool) -> Addr {
-    let n = new as u16;
-    of(family, v4([198, 18 + n as u8, 0, 0]), v6(0x18, n, 0))
+/// Clients outside the cluster. Each kind of connection has its own: connections of one client port
+/// share a tag of the flow table, and the second one would pay for the first.
+pub const fn client(family: Family, whose: Clients) -> Addr {
+    let n = whose as u16;
+    of(family, v4([100, 64 + n as u8, 0, 0]), v6(0x18, n, 0))
+}
+
+/// Who asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Clients {
+    /// Those of backends on this node.
+    Local,
+    /// Those of backends on another node.
+    Remote,
+    /// Those that are never seen again.
+    New,
 }
 
 /// Pods of the peer that are clients.
