@@ -63,6 +63,8 @@ pub mod record_flags {
     pub const SNAT: u16 = 1 << 0;
     /// The connection is IPv6.
     pub const V6: u16 = 1 << 1;
+    /// Decided at TC: the client is a pod of this node, and the kernel routes replies to it.
+    pub const FROM_POD: u16 = 1 << 2;
 }
 
 /// What the last step with a packet is.

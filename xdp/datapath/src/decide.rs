@@ -316,7 +316,10 @@ fn begin(settings: At<'_, Settings>, scratch: At<'_, Scratch>, now: u32) {
     let v6 = field!(draft, FlowRecord, vip).get().family() == Family::V6;
     let timeouts = field!(settings, Settings, timeouts);
     let proto = field!(draft, FlowRecord, proto).get();
-    put!(draft, flags, if v6 { record_flags::V6 } else { 0 });
+    let reply = field!(draft, FlowRecord, reply);
+    let from_pod = field!(reply, Exit, kind).get() == ExitKind::Stack as u8;
+    let family = if v6 { record_flags::V6 } else { 0 };
+    put!(draft, flags, family | if from_pod { record_flags::FROM_POD } else { 0 });
     put!(draft, epoch, field!(settings, Settings, epoch).get());
     put!(draft, source, field!(draft, FlowRecord, client).get());
     put!(draft, source_port, field!(draft, FlowRecord, client_port).get());
@@ -395,14 +398,21 @@ fn give_back<E: Env>(env: &E, index_plus_one: u32, old: SnatSlot, new: SnatSlot)
 #[inline(always)]
 pub fn is_stale<E: Env>(env: &E, settings: At<'_, Settings>, found: &Found<'_>) -> bool {
     let r = found.record;
-    let now = env.now();
     let timeouts = field!(settings, Settings, timeouts);
     // The age is asked for when the stamp is old, because it stands in another cache line.
     field!(r, FlowRecord, epoch).get() != field!(settings, Settings, epoch).get()
-        || now.wrapping_sub(field!(r, FlowRecord, seen).get())
-            > field!(timeouts, Timeouts, stamp).get()
-            && now.wrapping_sub(field!(r, FlowRecord, decided).get())
+        || is_stamp_old(env, settings, found)
+            && env.now().wrapping_sub(field!(r, FlowRecord, decided).get())
                 > field!(timeouts, Timeouts, redecide).get()
+}
+
+/// Whether a record's time stamp is to be renewed: then what stands in other cache lines is looked at,
+/// too.
+#[inline(always)]
+pub fn is_stamp_old<E: Env>(env: &E, settings: At<'_, Settings>, found: &Found<'_>) -> bool {
+    let timeouts = field!(settings, Settings, timeouts);
+    let age = env.now().wrapping_sub(field!(found.record, FlowRecord, seen).get());
+    age > field!(timeouts, Timeouts, stamp).get()
 }
 
 /// Decides a record anew: the ways out, with the backend that it has. A backend that is gone from

@@ -137,21 +137,22 @@ fn is_reply(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
         && field!(r, FlowRecord, proto).get() == t.proto
 }
 
+/// The tag of a place, if it is `tag` in any generation.
+#[inline(always)]
+fn tagged(set: At<'_, FlowSet>, way: u32, tag: u32) -> Option<u32> {
+    let seen = field!(set, FlowSet, tags).element(way).get_now();
+    ((seen ^ tag) & !flow_tag::GENERATION == 0).then_some(seen)
+}
+
+/// The record of a place whose tag was `seen`.
 #[inline(always)]
 fn check<'a>(
     set: At<'a, FlowSet>,
     index: u32,
     way: u32,
-    tag: u32,
+    seen: u32,
     matches: impl Fn(At<'a, FlowRecord>) -> bool,
 ) -> Option<Found<'a>> {
-    let seen = field!(set, FlowSet, tags).element(way).get_now();
-    if (seen ^ tag) & !flow_tag::GENERATION != 0 {
-        return None;
-    }
-    // Adds zero, in a way that the verifier cannot know: seventeen hits at seventeen constant
-    // places would each be followed to the program's end; one at an unknown place is followed once.
-    let way = way + ((opaque(seen as u64) as u32 ^ tag) & !flow_tag::GENERATION);
     let record = field!(set, FlowSet, records).element(way);
     if !matches(record) {
         return None;
@@ -167,12 +168,20 @@ fn search<'a>(
     hash: FlowHash,
     matches: impl Fn(At<'a, FlowRecord>) -> bool,
 ) -> Option<Found<'a>> {
-    // A record sits in its home way unless another had it: one comparison, most of the time.
-    if let Some(found) = check(set, index, hash.home(), hash.tag(), &matches) {
+    let (home, tag) = (hash.home(), hash.tag());
+    // A record sits in its home way unless another had it: one comparison, most of the time. Its place
+    // does not depend on the tag that is read, so the processor fetches tag and record at once.
+    if let Some(seen) = tagged(set, home, tag)
+        && let Some(found) = check(set, index, home, seen, &matches)
+    {
         return Some(found);
     }
     for way in 0..FLOW_WAYS as u32 {
-        if let Some(found) = check(set, index, way, hash.tag(), &matches) {
+        let Some(seen) = tagged(set, way, tag) else { continue };
+        // Adds zero, in a way that the verifier cannot know: sixteen hits at sixteen constant places
+        // would each be followed to the program's end; one at an unknown place is followed once.
+        let way = way + ((opaque(seen as u64) as u32 ^ tag) & !flow_tag::GENERATION);
+        if let Some(found) = check(set, index, way, seen, &matches) {
             return Some(found);
         }
     }

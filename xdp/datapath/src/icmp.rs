@@ -439,7 +439,7 @@ fn check_client(found: &Found<'_>, tunnel: u32) -> Step<()> {
     if field!(r, FlowRecord, tunnel).get() != tunnel {
         return Err(stop(Reason::TunnelChanged));
     }
-    if tunnel == 0 && tc::way_kind(field!(r, FlowRecord, reply)) == ExitKind::Stack as u8 {
+    if tunnel == 0 && field!(r, FlowRecord, flags).get() & record_flags::FROM_POD != 0 {
         // The client is a pod of this node, which does not speak over the wire.
         return Err(stop(Reason::Martian));
     }

@@ -389,16 +389,16 @@ fn known<'e, E: Env>(
         flow::release(env, &found);
         return Ok(None);
     }
-    let reply = field!(r, FlowRecord, reply);
-    if origin.tunnel == 0 && field!(reply, Exit, kind).get() == ExitKind::Stack as u8 {
-        // Decided at TC: the client is a pod of this node, which does not speak over the wire.
+    let flags = field!(r, FlowRecord, flags).get();
+    if origin.tunnel == 0 && flags & record_flags::FROM_POD != 0 {
+        // A pod of this node does not speak over the wire.
         return Err(stop(Reason::Martian));
     }
     if flow::begins_anew(env, r, tcp_flags) {
         flow::release(env, &found);
         return Ok(None);
     }
-    if field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0 {
+    if flags & record_flags::SNAT != 0 && decide::is_stamp_old(env, settings, &found) {
         let index = field!(r, FlowRecord, snat).get().wrapping_sub(1);
         if env.snat(index).is_none_or(|slot| slot.get() != found.slot) {
             // The way back is gone, so the way there ends too: both or none.
@@ -551,8 +551,7 @@ fn check_request_tunnel(found: &Found<'_>, tunnel: u32) -> Step<()> {
     if field!(r, FlowRecord, tunnel).get() != tunnel {
         return stop(Reason::TunnelChanged);
     }
-    let reply = field!(r, FlowRecord, reply);
-    if tunnel == 0 && field!(reply, Exit, kind).get() == ExitKind::Stack as u8 {
+    if tunnel == 0 && field!(r, FlowRecord, flags).get() & record_flags::FROM_POD != 0 {
         return stop(Reason::Martian);
     }
     Ok(())

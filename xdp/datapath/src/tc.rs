@@ -261,8 +261,8 @@ pub(crate) fn way_kind(exit: At<'_, Exit>) -> u8 {
 #[inline(always)]
 pub(crate) fn is_ours<E: Env>(env: &E, found: &Found<'_>, tcp_flags: u8) -> bool {
     let r = found.record;
-    way_kind(field!(r, FlowRecord, reply)) == ExitKind::Stack as u8
-        && field!(r, FlowRecord, flags).get() & record_flags::SNAT == 0
+    const BOTH: u16 = record_flags::FROM_POD | record_flags::SNAT;
+    field!(r, FlowRecord, flags).get() & BOTH == record_flags::FROM_POD
         && !flow::begins_anew(env, r, tcp_flags)
 }
 
