@@ -20,6 +20,7 @@ mod broken;
 mod fragments;
 mod general;
 mod icmp;
+mod large;
 mod passed;
 mod stopped;
 mod tc;
@@ -83,6 +84,8 @@ pub enum HeadRoom {
     Little,
     /// As much as XDP gives, but none for metadata.
     NoMetadata,
+    /// Plenty, in front of a frame in two buffers, of which the second holds so many bytes.
+    Split(usize),
 }
 
 /// Where a fixture runs.
@@ -288,6 +291,7 @@ pub fn all() -> Vec<Fixture> {
     stopped::add(&mut table);
     broken::add(&mut table);
     answers::add(&mut table);
+    large::add(&mut table);
     table
 }
 

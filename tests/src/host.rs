@@ -150,14 +150,28 @@ impl Host {
 
     /// Runs the program of `hook` on one frame with `head_room` bytes in front of it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8], head_room: usize) -> HostRan {
+        self.run_split(hook, ifindex, packet, head_room, packet.len())
+    }
+
+    /// The same with a frame in several buffers, of which the first has `first` bytes.
+    pub fn run_split(
+        &self,
+        hook: Hook,
+        ifindex: u32,
+        packet: &[u8],
+        head_room: usize,
+        first: usize,
+    ) -> HostRan {
         self.clock_reads.set(0);
-        let mut frame = HostFrame::new(packet, head_room, ifindex, self.takes_metadata.get());
+        let takes_metadata = self.takes_metadata.get();
+        let mut frame = HostFrame::new(packet, head_room, first, ifindex, takes_metadata);
         let mut verdict = match hook {
             Hook::Xdp => ingress::xdp::<Plain, _, _>(self, &mut frame),
             Hook::TcIngress => tc::ingress::<Plain, _, _>(self, &mut frame),
             Hook::TcEgress => tc::egress::<Plain, _, _>(self, &mut frame),
         };
         while let Some(lane) = frame.lane.take() {
+            frame.asks_length = true;
             verdict = match (lane, hook) {
                 (Lane::General, Hook::Xdp) => ingress::xdp::<General, _, _>(self, &mut frame),
                 (Lane::General, Hook::TcIngress) => tc::ingress::<General, _, _>(self, &mut frame),
@@ -378,13 +392,32 @@ struct HostFrame {
     takes_metadata: bool,
     /// The lane that goes on: what a tail call is in the kernel.
     lane: Option<Lane>,
+    /// Where the first buffer ends.
+    first_end: usize,
+    /// The program asks for the length of every frame, as those behind the fast ones do.
+    asks_length: bool,
 }
 
 impl HostFrame {
-    fn new(packet: &[u8], head_room: usize, ifindex: u32, takes_metadata: bool) -> Self {
+    fn new(
+        packet: &[u8],
+        head_room: usize,
+        first: usize,
+        ifindex: u32,
+        takes_metadata: bool,
+    ) -> Self {
         let room = std::iter::repeat_n(0xaa, head_room);
         let buffer = room.chain(packet.iter().copied()).map(Cell::new).collect();
-        Self { buffer, start: head_room, ifindex, mark: None, takes_metadata, lane: None }
+        Self {
+            buffer,
+            start: head_room,
+            ifindex,
+            mark: None,
+            takes_metadata,
+            lane: None,
+            first_end: head_room + first,
+            asks_length: false,
+        }
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -392,19 +425,26 @@ impl HostFrame {
     }
 }
 
-// SAFETY: `start..end` is the rest of `buffer`, which is reallocated by `cut_tail` alone; only
+// SAFETY: `start..end` is a part of `buffer`, which is reallocated by `cut_tail` alone; only
 // `adjust_head` moves the start, and within the buffer. Both take `&mut self`.
 unsafe impl Frame for HostFrame {
     fn start(&self) -> *mut u8 {
         self.buffer[self.start..].as_ptr().cast::<u8>().cast_mut()
     }
     fn end(&self) -> *mut u8 {
-        self.buffer[self.buffer.len()..].as_ptr().cast::<u8>().cast_mut()
+        self.buffer[self.first_end..].as_ptr().cast::<u8>().cast_mut()
+    }
+    fn packet_len(&self) -> usize {
+        let end = if self.asks_length { self.buffer.len() } else { self.first_end };
+        end - self.start
+    }
+    fn is_split(&self) -> bool {
+        self.first_end < self.buffer.len()
     }
     fn adjust_head(&mut self, delta: i32) -> bool {
         let Some(start) = self.start.checked_add_signed(delta as isize) else { return false };
-        // As the kernel: an Ethernet header must remain.
-        if start + 14 > self.buffer.len() {
+        // As the kernel: an Ethernet header must remain in the first buffer.
+        if start + 14 > self.first_end {
             return false;
         }
         self.start = start;
@@ -417,6 +457,7 @@ unsafe impl Frame for HostFrame {
             return false;
         }
         self.buffer = self.buffer[..len - bytes as usize].to_vec().into();
+        self.first_end = self.first_end.min(self.buffer.len());
         true
     }
     fn take_options_out(&mut self, _len: u32) -> u32 {

@@ -119,8 +119,10 @@ pub fn code_of(hook: Hook, action: Action) -> u32 {
 impl Runner for Host {
     fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
         let room = if head_room == HeadRoom::Little { LITTLE_ROOM } else { HEAD_ROOM };
+        let second = if let HeadRoom::Split(second) = head_room { second } else { 0 };
         self.takes_metadata.set(head_room != HeadRoom::NoMetadata);
-        let ran = self.run(step.hook, step.ifindex, frame, room);
+        let first = frame.len() - second;
+        let ran = self.run_split(step.hook, step.ifindex, frame, room, first);
         let code = code_of(step.hook, ran.verdict.action);
         Outcome { code, bytes: ran.bytes, mark: ran.mark }
     }
@@ -165,8 +167,11 @@ impl Runner for Kernel {
     fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
         let ran = match head_room {
             HeadRoom::Plenty => self.run(step.hook, step.ifindex, frame),
-            HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM),
-            HeadRoom::NoMetadata => self.run_xdp(step.ifindex, frame, MOST_METADATA),
+            HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM, None),
+            HeadRoom::NoMetadata => self.run_xdp(step.ifindex, frame, MOST_METADATA, None),
+            HeadRoom::Split(second) => {
+                self.run_xdp(step.ifindex, frame, 0, Some(frame.len() - second))
+            }
         };
         Outcome { code: ran.code, mark: ran.mark(), bytes: ran.bytes }
     }
@@ -383,8 +388,11 @@ pub fn in_kernel(fixture: &Fixture) -> bool {
 pub const WITHOUT_FAMILY: [Reason; 1] = [Reason::NotIp];
 
 /// The reasons that only one family's headers give.
-pub const OF_ONE_FAMILY: [(Reason, Family); 2] =
-    [(Reason::RoutingHeader, Family::V6), (Reason::ExtensionChain, Family::V6)];
+pub const OF_ONE_FAMILY: [(Reason, Family); 3] = [
+    (Reason::RoutingHeader, Family::V6),
+    (Reason::ExtensionChain, Family::V6),
+    (Reason::Jumbogram, Family::V6),
+];
 
 /// The reasons that no packet gives while every program is in its place; tests of their own take one
 /// away.
@@ -402,7 +410,8 @@ pub fn agree(
     ifindex: u32,
     frame: &[u8],
 ) -> Reason {
-    let ran = host.run(hook, ifindex, frame, HEAD_ROOM);
+    let first = if hook == Hook::Xdp { frame.len().min(FIRST_BUFFER) } else { frame.len() };
+    let ran = host.run_split(hook, ifindex, frame, HEAD_ROOM, first);
     let reason = ran.verdict.reason;
     if reason.kind() == VerdictKind::Pass {
         assert_eq!(ran.bytes, frame, "{reason:?} on the host: {}", difference(&ran.bytes, frame));
@@ -416,7 +425,9 @@ pub fn agree(
     let context =
         || format!("{reason:?} on the host, {} bytes: {}", frame.len(), hex(frame, frame.len()));
     assert_eq!(after.packets, before.packets + 1, "another reason in the kernel: {}", context());
-    assert_eq!(after.bytes, before.bytes + frame.len() as u64, "{}", context());
+    // A program that need not know of further buffers counts the bytes of the first.
+    let bytes = after.bytes - before.bytes;
+    assert!([first, frame.len()].contains(&(bytes as usize)), "{bytes} bytes: {}", context());
     assert_eq!(other.code, code_of(hook, ran.verdict.action), "{}", context());
     if ran.verdict.action != Action::Drop {
         assert_eq!(other.bytes, ran.bytes, "{}", difference(&other.bytes, &ran.bytes));
@@ -425,14 +436,19 @@ pub fn agree(
     reason
 }
 
+/// Bytes of a frame's first buffer, if there are more: a page without head room and
+/// `struct skb_shared_info` (net/bpf/test_run.c).
+const FIRST_BUFFER: usize = 4096 - 256 - 320;
+
 /// Whether BPF_PROG_TEST_RUN takes a frame (net/bpf/test_run.c).
 pub fn is_taken(hook: Hook, frame: &[u8]) -> bool {
-    // An Ethernet header at least; at most a page without head room and `struct skb_shared_info`.
-    const LENGTHS: std::ops::RangeInclusive<usize> = 14..=3400;
+    // An Ethernet header at least. At most the first buffer at TC, and all that a frame may have at
+    // XDP (MAX_SKB_FRAGS pages).
+    let most = if hook == Hook::Xdp { 17 * 4096 } else { 3400 };
     // At TC the IP header that the EtherType promises must be there.
     let promised = match packet::family_of(frame) {
         Some(family) if hook != Hook::Xdp => packet::l4_offset(family),
         _ => 0,
     };
-    LENGTHS.contains(&frame.len()) && frame.len() >= promised
+    (14..=most).contains(&frame.len()) && frame.len() >= promised
 }

@@ -196,23 +196,25 @@ impl Kernel {
     /// If the kernel does not run it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
         match hook {
-            Hook::Xdp => self.run_xdp(ifindex, packet, 0),
+            Hook::Xdp => self.run_xdp(ifindex, packet, 0, None),
             Hook::TcIngress | Hook::TcEgress => self.run_tc(hook, ifindex, packet),
         }
     }
 
     /// Runs `xdp_node` on a frame with `meta` bytes of foreign metadata in front of it, which no
-    /// head can be moved over: the way to take the head room away.
+    /// head can be moved over: the way to take the head room away. With `first` the frame lies in
+    /// several buffers, of which the first has so many bytes.
     ///
     /// # Panics
     /// If the kernel does not run it.
-    pub fn run_xdp(&self, ifindex: u32, packet: &[u8], meta: usize) -> Ran {
+    pub fn run_xdp(&self, ifindex: u32, packet: &[u8], meta: usize, first: Option<usize>) -> Ran {
         let mut data = vec![0; meta];
         data.extend(packet);
         // Outer headers and the largest move of the head.
         let mut out = vec![0; data.len() + 256];
         let mut context_out = [0u8; XDP_MD];
-        let context = xdp_context(meta, data.len(), ifindex);
+        // The context's end is the end of the first buffer (net/bpf/test_run.c).
+        let context = xdp_context(meta, first.unwrap_or(data.len()), ifindex);
         let mut options = TestRunOptions::new();
         options.data_in = Some(&data);
         options.data_out = Some(&mut out);

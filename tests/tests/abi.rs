@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 
 use object::{Object, ObjectSection};
+use sluice::attach::without_frags;
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Answers, Ask, Backend, BackendCounter, Be16, Be32, Bucket,
     Exit, Extent, FlowRecord, FlowSet, Fragment, Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac,
@@ -287,4 +288,17 @@ impl Btf {
             flags: number("map_flags"),
         }
     }
+}
+
+/// Generic mode gets the object with this section renamed to `xdp`. The loader finds what BTF says of
+/// functions by the section's name, so there must be no other of that name before.
+#[test]
+fn all_xdp_programs_are_in_one_section_for_frames_in_several_buffers() {
+    let sections = |object: &[u8]| {
+        let file = object::File::parse(object).expect("an ELF object");
+        let names = file.sections().filter_map(|s| s.name().ok().map(str::to_owned));
+        names.filter(|name| name.starts_with("xdp")).collect::<Vec<_>>()
+    };
+    assert_eq!(sections(OBJECT), ["xdp.frags"]);
+    assert_eq!(sections(&without_frags(OBJECT)), ["xdp"]);
 }

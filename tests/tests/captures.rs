@@ -122,7 +122,7 @@ fn wrapped(frame: &[u8], underlay: Family) -> Option<Vec<u8>> {
     if let Some(dst) = inside.get_mut(..6) {
         dst.copy_from_slice(&tunnel_macs(underlay).0.0);
     }
-    (frame.len() < 9000).then(|| from_peer(underlay, &inside).bytes())
+    (frame.len() < 65_000).then(|| from_peer(underlay, &inside).bytes())
 }
 
 /// Cut at two random places.

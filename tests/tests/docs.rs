@@ -298,7 +298,7 @@ fn one_crate_links_libbpf() {
 }
 
 /// Helper numbers and names (include/uapi/linux/bpf.h, `___BPF_FUNC_MAPPER`).
-const HELPERS: [(i32, &str); 18] = [
+const HELPERS: [(i32, &str); 19] = [
     (1, "bpf_map_lookup_elem"),
     (11, "bpf_l4_csum_replace"),
     (12, "bpf_tail_call"),
@@ -316,6 +316,7 @@ const HELPERS: [(i32, &str); 18] = [
     (93, "bpf_spin_lock"),
     (94, "bpf_spin_unlock"),
     (118, "bpf_jiffies64"),
+    (188, "bpf_xdp_get_buff_len"),
     (189, "bpf_xdp_load_bytes"),
 ];
 

@@ -1,7 +1,8 @@
 //! Packets as data: one table, run on the host and in the loaded program.
 
-use sluice_abi::{Family, Hook, IPPROTO_TCP, REASONS};
-use sluice_tests::fixtures::{self, request};
+use sluice_abi::{Family, Hook, IPPROTO_TCP, REASONS, Reason};
+use sluice_datapath::verdict::Action;
+use sluice_tests::fixtures::{self, Account, Fixture, HeadRoom, Out, request};
 use sluice_tests::host::Host;
 use sluice_tests::judge::{OF_ONE_FAMILY, Runner, WITHOUT_FAMILY, WITHOUT_LANES, in_kernel, judge};
 use sluice_tests::netns::with_kernel;
@@ -102,6 +103,70 @@ fn outer_checksum_that_computes_to_zero_is_sent_as_all_ones() {
         local[14..].copy_from_slice(&(sum + u16::from(carry)).to_be_bytes());
         assert_eq!(sent(&world), [0xff, 0xff], "{family:?}");
     }
+}
+
+/// A frame whose last byte lies in another buffer is handled as if it lay in one.
+#[test]
+fn frame_in_two_buffers_is_handled_as_in_one() {
+    let (failures, count) = with_kernel(|kernel| {
+        let mut failures = Vec::new();
+        let mut count = 0;
+        for mut fixture in fixtures::all().into_iter().filter(in_two_buffers) {
+            count += 1;
+            fixture.head_room = HeadRoom::Split(1);
+            if let Err(text) = judge(&fixture, &mut Host::new(fixture.first_world())) {
+                failures.push(format!("{} on the host: {text}", fixture.name));
+            }
+            kernel.fill(fixture.first_world());
+            if let Err(text) = judge(&fixture, kernel) {
+                failures.push(format!("{}: {text}", fixture.name));
+            }
+        }
+        (failures, count)
+    });
+    assert!(count > 100, "{count}");
+    report(&failures, count);
+}
+
+/// What a message quotes is translated as a whole or not at all.
+#[test]
+fn icmp_error_in_two_buffers_passes() {
+    let mut count = 0;
+    for mut fixture in fixtures::all().into_iter().filter(|f| f.reason == Reason::IcmpError) {
+        if fixture.step.hook != Hook::Xdp {
+            continue;
+        }
+        count += 1;
+        fixture.head_room = HeadRoom::Split(1);
+        (fixture.reason, fixture.action, fixture.mark) = (Reason::NotLinear, Action::Pass, None);
+        (fixture.out, fixture.account) = (Out::Untouched, Account::None);
+        judge(&fixture, &mut Host::new(fixture.first_world())).expect(&fixture.name);
+    }
+    assert!(count > 10, "{count}");
+}
+
+fn in_two_buffers(fixture: &Fixture) -> bool {
+    use Reason::{Bypass, IcmpDenied, IcmpError, IcmpMalformed, Jumbogram};
+    use Reason::{L4Malformed, NotIp, VxlanMalformed};
+    // The last byte is one of a header, or of a quoted packet, or the program need not know that
+    // there is a second buffer, and counts the bytes of the first.
+    let mut other = [Bypass, Jumbogram, L4Malformed, NotIp, VxlanMalformed].iter();
+    let mut icmp = [IcmpError, IcmpDenied, IcmpMalformed].iter();
+    let names = [
+        "empty_packet",
+        "without_data",
+        "without_payload",
+        "padding_behind",
+        "error",
+        "redirect_about",
+        "quote",
+    ];
+    in_kernel(fixture)
+        && other.all(|reason| *reason != fixture.reason)
+        && icmp.all(|reason| *reason != fixture.reason)
+        && !names.iter().any(|name| fixture.name.contains(name))
+        && fixture.step.hook == Hook::Xdp
+        && fixture.head_room == HeadRoom::Plenty
 }
 
 fn report(failures: &[String], of: usize) {

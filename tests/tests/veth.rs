@@ -13,6 +13,7 @@ use aya::programs::XdpMode;
 use aya::programs::tc::TcAttachType;
 use nix::libc::ENOBUFS;
 use pnet::datalink::DataLinkSender;
+use sluice::attach::without_frags;
 use sluice_abi::{Hook, REASONS};
 use sluice_datapath::verdict::Action;
 use sluice_tests::fixtures::{self, Fixture, HeadRoom, Out, Step};
@@ -33,7 +34,11 @@ impl Lab {
     fn new(mode: XdpMode) -> Self {
         make_interfaces();
         raise_interfaces();
-        let mut kernel = Kernel::load(OBJECT, size::FLOW_SETS);
+        // As the agent does it.
+        let mut kernel = match mode {
+            XdpMode::Skb => Kernel::load(&without_frags(OBJECT), size::FLOW_SETS),
+            _ => Kernel::load(OBJECT, size::FLOW_SETS),
+        };
         for uplink in ["upa", "upb"] {
             kernel.xdp_mut("xdp_node").attach(uplink, mode).expect("attach xdp_node");
         }

@@ -9,6 +9,7 @@ use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
 use node::{Node, in_namespace, sh};
 use sluice::attach::{Attacher, OBJECT, Obstacle, Role, Rung, link_pins, remove_pins};
 use sluice::config::Mode;
+use sluice::facts::ethtool;
 use sluice::facts::kernel::{Kernel, Link};
 use sluice::netlink::Netlink;
 
@@ -129,19 +130,70 @@ fn forced_offload_attaches_nothing_and_says_why() {
 }
 
 #[test]
-fn mtu_above_the_limit_of_native_falls_to_generic_with_the_reason() {
+fn jumbo_mtu_is_native_with_programs_for_frames_in_several_buffers() {
     in_namespace(|node| {
         sh("ip link add up0 mtu 9000 type veth peer name up1 mtu 9000; ip link set up0 up");
-        let attacher = start(node, Mode::Auto);
+        let attacher = start(node, Mode::Native);
+        assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+    });
+}
+
+/// As on kernels before 5.18, whose programs take frames in one buffer.
+#[test]
+fn mtu_above_one_buffer_falls_to_generic_with_the_reason() {
+    in_namespace(|node| {
+        sh("ip link add up0 mtu 9000 type veth peer name up1 mtu 9000; ip link set up0 up");
+        let mut attacher = Attacher::load_as(&node.pin_dir, &node.maps(), false).unwrap();
+        attacher.reconcile(&[(link("up0"), Role::Uplink)], |_| Mode::Auto);
         let attached = &attacher.interfaces()["up0"];
-        // A program that takes fragmented frames attaches natively at this MTU.
-        if attached.mode == Rung::Native {
-            return;
-        }
         assert_eq!(attached.mode, Rung::Generic, "{attached:?}");
         let native = attached.refusals.iter().find(|r| r.rung == "native").unwrap();
         assert_eq!(native.errno, 34);
-        assert!(native.reason.contains("9000") && native.remedy.contains("mtu"));
+        for word in ["9000", "3506", "veth", "5.18"] {
+            assert!(native.reason.contains(word), "{native:?}");
+        }
+        assert!(native.remedy.contains("mtu 3506"), "{native:?}");
+    });
+}
+
+#[test]
+fn device_says_what_it_can_and_which_driver_it_has() {
+    in_namespace(|_| {
+        sh("ip link add up0 type veth peer name up1; ip link set up0 up; ip link set up1 up");
+        let features = link("up0").xdp_features.unwrap();
+        assert!(features.rx_frags() && !features.xmit(), "{features:?}");
+        sh("ethtool -K up1 gro on");
+        let features = link("up0").xdp_features.unwrap();
+        assert!(features.xmit() && features.xmit_frags(), "{features:?}");
+        assert_eq!(ethtool::driver("up0").as_deref(), Ok("veth"));
+        assert_eq!(ethtool::tx_checksum("up0"), Ok(true));
+        sh("ethtool -K up0 tx off");
+        assert_eq!(ethtool::tx_checksum("up0"), Ok(false));
+        assert!(ethtool::driver("up7").is_err());
+    });
+}
+
+/// What generic mode and native mode load must not share a map of programs.
+#[test]
+fn native_and_generic_uplinks_at_once() {
+    in_namespace(|node| {
+        veth();
+        sh("ip link add up2 type veth peer name up3; ip link set up2 up; ip link set up3 up");
+        let uplinks = [(link("up0"), Role::Uplink), (link("up2"), Role::Uplink)];
+        let mode = |name: &str| if name == "up0" { Mode::Native } else { Mode::Generic };
+        let mut attacher = Attacher::load(&node.pin_dir, &node.maps()).unwrap();
+        attacher.reconcile(&uplinks, mode);
+        assert_eq!(link("up0").xdp[0].1, "native", "{:?}", attacher.interfaces());
+        assert_eq!(link("up2").xdp[0].1, "generic", "{:?}", attacher.interfaces());
+        assert_ne!(link("up0").xdp[0].0, link("up2").xdp[0].0);
+        // What is there is what belongs there.
+        let before = (link("up0").xdp, link("up2").xdp);
+        let uplinks = [(link("up0"), Role::Uplink), (link("up2"), Role::Uplink)];
+        attacher.reconcile(&uplinks, mode);
+        assert_eq!((link("up0").xdp, link("up2").xdp), before);
+        drop(attacher);
+        remove_pins(&node.pin_dir).unwrap();
+        assert_eq!(std::fs::read_dir(&node.pin_dir).unwrap().count(), 0);
     });
 }
 

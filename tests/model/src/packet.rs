@@ -532,6 +532,11 @@ fn v6(bytes: &[u8]) -> Result<Parsed, Reason> {
         return Err(Reason::NotIp);
     }
     let payload_len = be16(fixed, 4);
+    // RFC 2675 section 2: hop-by-hop options come first and say the length, which must be above
+    // 65,535. No frame here is.
+    if payload_len == 0 && fixed[6] == 0 {
+        return Err(Reason::Jumbogram);
+    }
     let len = 40 + usize::from(payload_len);
     if len > bytes.len() {
         return Err(Reason::IpMalformed);

@@ -125,6 +125,8 @@ reasons! {
     53 Drop HopLimitExceeded "hop_limit_exceeded" "hop limit would reach zero on the way to another node or a pod";
     54 Drop FragmentOrphan "fragment_orphan" "later fragment to a Service or to our SNAT address whose first one was not seen";
     55 Drop EchoLimited "echo_limited" "echo request to a Service's address, beyond the rate of answers";
+    56 Pass NotLinear "not_linear" "headers do not lie in the frame's first buffer";
+    57 Pass Jumbogram "jumbogram" "says that it is an IPv6 jumbogram (RFC 2675), and is too short for one";
 }
 
 impl Reason {

@@ -21,11 +21,13 @@ pub enum Trap {
     Redirect = 5,
     /// The function that takes a segment into a connection's state.
     Segment = 6,
+    /// `bpf_xdp_get_buff_len`.
+    BufferLength = 7,
 }
 
 impl Trap {
     /// All, in index order.
-    pub const ALL: [Trap; 7] = [
+    pub const ALL: [Trap; 8] = [
         Trap::Lock,
         Trap::Decide,
         Trap::HashLookup,
@@ -33,6 +35,7 @@ impl Trap {
         Trap::AdjustMeta,
         Trap::Redirect,
         Trap::Segment,
+        Trap::BufferLength,
     ];
 
     /// The name in the budget and in messages.
@@ -45,6 +48,7 @@ impl Trap {
             Trap::AdjustMeta => "adjust_meta",
             Trap::Redirect => "redirect",
             Trap::Segment => "segment",
+            Trap::BufferLength => "buffer_length",
         }
     }
 }

@@ -18,7 +18,7 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, compiler_fence};
-use sluice_abi::{Hook, Lane};
+use sluice_abi::{Hook, Lane, Reason};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Plain bytes: what packets and maps hold.
@@ -69,6 +69,9 @@ pub unsafe trait Frame {
         (self.end() as usize).wrapping_sub(self.start() as usize)
     }
 
+    /// Whether bytes of the packet lie beyond `start..end`, in other buffers.
+    fn is_split(&self) -> bool;
+
     /// The bytes from the Ethernet header on.
     #[inline(always)]
     fn view(&self) -> View<'_> {
@@ -102,6 +105,28 @@ impl<'a> View<'a> {
     pub fn skip(self, bytes: usize) -> Self {
         let (start, len) = (self.start.wrapping_add(bytes), self.len.wrapping_sub(bytes));
         Self { start, len, ..self }
+    }
+
+    /// The `T` at the view's first byte; `why` if the packet has no such bytes.
+    ///
+    /// # Errors
+    /// `why`; `NotLinear` if the bytes are there, but not in the first buffer.
+    #[inline(always)]
+    pub fn need<T: Plain>(self, why: Reason) -> Result<At<'a, T>, Reason> {
+        match self.at::<T>() {
+            Some(at) => Ok(at),
+            // Signed: a view may begin beyond the end.
+            None if self.len as isize >= size_of::<T>() as isize => Err(Reason::NotLinear),
+            None => Err(why),
+        }
+    }
+
+    /// Whether the packet goes on beyond reach.
+    #[inline(always)]
+    pub fn is_split(self) -> bool {
+        // Opaque, or LLVM compares the end with start plus length, in 32 bits.
+        let linear = opaque((self.end as u64).wrapping_sub(self.start as u64));
+        (linear as i64) < self.len as i64
     }
 
     /// Bytes of the packet from the view's first on, those beyond reach included; wraps if it begins beyond the end, so compare only after an

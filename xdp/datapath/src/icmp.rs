@@ -216,7 +216,7 @@ fn message<'a>(packet: &Located<'a>) -> Step<Message<'a>> {
     }
     let len = ip.len.wrapping_sub(ip.header_len);
     let view = packet.l3.skip(ip.header_len as usize);
-    let at = view.at::<Icmp>().ok_or(Reason::IcmpMalformed)?;
+    let at = view.need::<Icmp>(Reason::IcmpMalformed)?;
     if len < size_of::<Icmp>() as u32 {
         return Err(Reason::IcmpMalformed.into());
     }
@@ -387,6 +387,10 @@ fn error_at_uplink<'e, E: Env>(
     message: &Message<'_>,
     tunnel: u32,
 ) -> Step<Departure<'e>> {
+    // What of the quoted packet lies elsewhere could be neither read nor written.
+    if message.body.is_split() {
+        return Err(Reason::NotLinear.into());
+    }
     let quote = stash_quote(env, scratch, packet, message)?;
     let tuple = decide::stashed(scratch);
     let place = flow::place(env, settings, tuple.src, tuple.src_port, tuple.proto)

@@ -16,8 +16,8 @@ use crate::wire::{
     ECN_CE, ECN_ECT_0, ECN_ECT_1, ECN_NOT_ECT, Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan,
 };
 use sluice_abi::{
-    Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, MAX_TUNNELS, Pod, Reason,
-    Scratch, Seeds, Settings, SnatSlot, Tunnel, VerdictKind, Vtep, VtepKey, fragment_fate,
+    Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, Hook, IPPROTO_UDP, Lane, MAX_TUNNELS, Pod,
+    Reason, Scratch, Seeds, Settings, SnatSlot, Tunnel, VerdictKind, Vtep, VtepKey, fragment_fate,
     record_flags, settings_flags,
 };
 
@@ -37,7 +37,7 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
             if P::GENERAL && !P::LATER && stop.reason.kind() == VerdictKind::Pass {
                 fragment::note_passed(env, Hook::Xdp);
             }
-            if let Some(lane) = P::lane(stop.reason)
+            if let Some(lane) = lane::<P, F>(frame, stop.reason)
                 && frame.change_lane(Hook::Xdp, lane)
             {
                 return stop.into();
@@ -48,6 +48,17 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     };
     account(env, Hook::Xdp, &verdict, bytes);
     if P::GENERAL { Verdict { action: Action::of_word(word), ..verdict } } else { verdict }
+}
+
+/// The program that goes on. What looks cut short may be a frame in several buffers, of which the
+/// plain form knows the first.
+#[inline(always)]
+fn lane<P: Form, F: Frame>(frame: &F, reason: Reason) -> Option<Lane> {
+    use Reason::{IpMalformed, L4Malformed, VxlanMalformed};
+    if !P::GENERAL && matches!(reason, IpMalformed | L4Malformed | VxlanMalformed) {
+        return frame.is_split().then_some(Lane::General);
+    }
+    P::lane(reason)
 }
 
 #[inline(always)]
@@ -160,9 +171,9 @@ fn source<'a, E: Env>(
     ip: &Ip<'_>,
     payload: View<'_>,
 ) -> Step<(u32, At<'a, Vtep>, u32)> {
-    let udp = payload.at::<Udp>().ok_or(Reason::VxlanMalformed)?;
+    let udp = payload.need::<Udp>(Reason::VxlanMalformed)?;
     let len = field!(udp, Udp, len).get().host() as u32;
-    let header = payload.skip(size_of::<Udp>()).at::<Vxlan>().ok_or(Reason::VxlanMalformed)?;
+    let header = payload.skip(size_of::<Udp>()).need::<Vxlan>(Reason::VxlanMalformed)?;
     const HEADERS: u32 = (size_of::<Udp>() + size_of::<Vxlan>()) as u32;
     if len < HEADERS {
         return Err(Reason::VxlanMalformed.into());
@@ -213,7 +224,7 @@ fn inside<'f, P: Form, E: Env>(
     room: u32,
 ) -> Step<Located<'f>> {
     const HEADER: u32 = size_of::<Ethernet>() as u32;
-    let inner = view.at::<Ethernet>().ok_or(Reason::VxlanMalformed)?;
+    let inner = view.need::<Ethernet>(Reason::VxlanMalformed)?;
     if room < HEADER {
         return Err(Reason::VxlanMalformed.into());
     }

@@ -10,8 +10,8 @@ use crate::fragment;
 use crate::verdict::Step;
 use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, Ethernet, Extension,
-    FRAGMENT_MASK, FRAGMENT_MASK_V6, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING,
-    OFFSET_MASK, Ports, Tcp, Udp, is_extension_header, is_followed,
+    FRAGMENT_MASK, FRAGMENT_MASK_V6, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_HOP_BY_HOP,
+    NEXT_HEADER_ROUTING, OFFSET_MASK, Ports, Tcp, Udp, is_extension_header, is_followed,
 };
 use core::mem::offset_of;
 use sluice_abi::{
@@ -222,7 +222,7 @@ pub struct Transport<'a> {
 /// The Ethernet header at the start of `view`, and the IP packet behind it.
 ///
 /// # Errors
-/// `NotIp`, `Vlan`, `TooManyTags`, `ExtensionChain` (pass); `IpMalformed`, `RoutingHeader`, `Martian`
+/// `NotIp`, `Vlan`, `TooManyTags`, `ExtensionChain`, `Jumbogram`, `NotLinear` (pass); `IpMalformed`, `RoutingHeader`, `Martian`
 /// (drop).
 #[inline(always)]
 pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>, Ip<'a>)> {
@@ -240,7 +240,7 @@ pub fn ethernet<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<(Link<'a>,
                 // distance would have it. Through a place of its own: what the verifier learns of
                 // the frame's length here would make each number of tags a way of its own.
                 let behind = view.skip(env.forget(tags as u32) as usize & 0xf);
-                let at = behind.at::<Ethernet>().ok_or(Reason::NotIp)?;
+                let at = behind.need::<Ethernet>(Reason::NotIp)?;
                 ethertype = field!(at, Ethernet, ethertype).get();
             }
         }
@@ -270,15 +270,27 @@ pub fn is_tag(ethertype: Be16) -> bool {
     ethertype == ETHERTYPE_VLAN || ethertype == ETHERTYPE_QINQ
 }
 
+/// Bytes of an IP packet whose header says zero because it cannot say more than 65,535: a segment of
+/// "BIG TCP" that is still to be cut (kernel include/linux/ipv6.h, `skb_ip_totlen`, RFC 2675 section
+/// 3). Zero for a packet that is shorter: then its header is wrong.
+#[inline(always)]
+fn len_beyond_header(view: View<'_>) -> u32 {
+    let len = view.len();
+    if len > u16::MAX as usize { len as u32 } else { 0 }
+}
+
 #[inline(always)]
 fn ipv4<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
-    let at = view.at::<Ipv4>().ok_or(Reason::IpMalformed)?;
+    let at = view.need::<Ipv4>(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_ihl >> 4 != 4 {
         return Err(Reason::NotIp.into());
     }
     let header_len = (header.version_ihl as u32 & 0xf) * 4;
-    let len = header.total_len.host() as u32;
+    let len = match header.total_len.host() as u32 {
+        0 => len_beyond_header(view),
+        len => len,
+    };
     if header_len < 20 || len < header_len || len as usize > view.len() {
         return Err(Reason::IpMalformed.into());
     }
@@ -319,12 +331,22 @@ fn part_at(offset: u16, proto: u8) -> Step<u8> {
 
 #[inline(always)]
 fn ipv6<'a, F: Form, E: Env>(env: &E, view: View<'a>) -> Step<Ip<'a>> {
-    let at = view.at::<Ipv6>().ok_or(Reason::IpMalformed)?;
+    let at = view.need::<Ipv6>(Reason::IpMalformed)?;
     let header = at.get();
     if header.version_class_flow.host() >> 28 != 6 {
         return Err(Reason::NotIp.into());
     }
-    let len = header.payload_len.host() as u32 + 40;
+    let len = match header.payload_len.host() as u32 {
+        0 => match len_beyond_header(view) {
+            // RFC 2675 section 2: a jumbogram, but it is none.
+            0 if header.next_header == NEXT_HEADER_HOP_BY_HOP => {
+                return Err(Reason::Jumbogram.into());
+            }
+            0 => 40,
+            len => len,
+        },
+        len => len + 40,
+    };
     if len as usize > view.len() {
         return Err(Reason::IpMalformed.into());
     }
@@ -381,8 +403,9 @@ pub fn extensions<E: Env>(
         if !is_followed(proto) && proto != NEXT_HEADER_FRAGMENT {
             break;
         }
-        let header = l3.skip((env.forget(header_len) & 0x1ff) as usize).at::<Extension>();
-        let header = header.ok_or(Reason::IpMalformed)?.get();
+        let header = l3.skip((env.forget(header_len) & 0x1ff) as usize);
+        let header = header.need::<Extension>(Reason::IpMalformed);
+        let header = header?.get();
         if proto == NEXT_HEADER_FRAGMENT {
             let Some(scratch) = scratch else { break };
             if fragment::part(scratch) != fragment_part::WHOLE {
@@ -435,7 +458,7 @@ pub fn is_first_fragment<F: Form, E: Env>(env: &E) -> bool {
 /// The transport header of `ip`, which begins at `l3`.
 ///
 /// # Errors
-/// `Fragment`, `IpOptions`, `Icmp`, `OtherProtocol` (pass); `L4Malformed` (drop).
+/// `Fragment`, `IpOptions`, `Icmp`, `OtherProtocol`, `NotLinear` (pass); `L4Malformed` (drop).
 #[inline(always)]
 pub fn transport<'a, F: Form, E: Env>(env: &E, l3: View<'a>, ip: &Ip<'a>) -> Step<Transport<'a>> {
     if let Some(reason) = ip.opaque {
@@ -463,7 +486,7 @@ pub fn icmp_of(l3: &L3<'_>) -> u8 {
 
 #[inline(always)]
 fn tcp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
-    let at = view.at::<Tcp>().ok_or(Reason::L4Malformed)?;
+    let at = view.need::<Tcp>(Reason::L4Malformed)?;
     let header_len = (field!(at, Tcp, data_offset).get() >> 4) as u32 * 4;
     if header_len < 20 || header_len > payload_len {
         return Err(Reason::L4Malformed.into());
@@ -472,12 +495,13 @@ fn tcp<'a>(view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
     let Ports { src, dst } = ports.get();
     let flags = field!(at, Tcp, flags).get();
     let (seq, ack) = (field!(at, Tcp, seq).get(), field!(at, Tcp, ack).get());
-    Ok(Transport { ports, src, dst, checksum: field!(at, Tcp, checksum), flags, seq, ack })
+    let checksum = field!(at, Tcp, checksum);
+    Ok(Transport { ports, src, dst, checksum, flags, seq, ack })
 }
 
 #[inline(always)]
 fn udp<'a, F: Form, E: Env>(env: &E, view: View<'a>, payload_len: u32) -> Step<Transport<'a>> {
-    let at = view.at::<Udp>().ok_or(Reason::L4Malformed)?;
+    let at = view.need::<Udp>(Reason::L4Malformed)?;
     let len = field!(at, Udp, len).get().host() as u32;
     // A first fragment's header speaks of more than is here.
     let short = len > payload_len && !is_first_fragment::<F, E>(env);

@@ -44,7 +44,7 @@ fn data_end(ctx: *mut xdp_md) -> usize {
 }
 
 /// Restores, goes on to the next flow, runs the target.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_bench(ctx: XdpContext) -> u32 {
     if let Some(run) = sl_bench_v1.get_ptr_mut(0) {
         // SAFETY: a map value; `sluice bench` writes it only while this program does not run.
@@ -109,13 +109,13 @@ fn put(start: usize, end: usize, offset: u32, raw: u16) -> bool {
 }
 
 /// The empty target.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_bench_empty(_ctx: XdpContext) -> u32 {
     XDP_PASS
 }
 
 /// Moves the head and nothing else.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_bench_cut(ctx: XdpContext) -> u32 {
     // SAFETY: the context is valid while the program runs.
     match unsafe { bpf_xdp_adjust_head(ctx.ctx, CUT) } {

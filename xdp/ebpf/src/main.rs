@@ -41,33 +41,33 @@ const BPF_F_INGRESS: u64 = 1;
 const TC_NEXT: i32 = -1;
 
 /// Ingress of an uplink.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_node(ctx: XdpContext) -> u32 {
-    node::<Plain>(ctx)
+    node::<Plain, false>(ctx)
 }
 
 /// Goes on where `xdp_node` stops at tags, options or extension headers.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_general(ctx: XdpContext) -> u32 {
-    node::<General>(ctx)
+    node::<General, true>(ctx)
 }
 
 /// Goes on where the above stop at ICMP.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_icmp(ctx: XdpContext) -> u32 {
-    let mut frame = xdp::XdpFrame::new(ctx.ctx);
+    let mut frame = xdp::XdpFrame::<true>::new(ctx.ctx);
     leave(icmp::xdp(&Kernel, &mut frame).action)
 }
 
 /// Goes on where `xdp_general` stops at fragments behind the first.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_fragment(ctx: XdpContext) -> u32 {
-    node::<Later>(ctx)
+    node::<Later, true>(ctx)
 }
 
 #[inline(always)]
-fn node<P: Form>(ctx: XdpContext) -> u32 {
-    let mut frame = xdp::XdpFrame::new(ctx.ctx);
+fn node<P: Form, const WHOLE: bool>(ctx: XdpContext) -> u32 {
+    let mut frame = xdp::XdpFrame::<WHOLE>::new(ctx.ctx);
     leave(ingress::xdp::<P, _, _>(&Kernel, &mut frame).action)
 }
 
@@ -85,9 +85,9 @@ fn leave(action: Action) -> u32 {
 }
 
 /// Answers what `xdp_node` and `xdp_general` cannot let go on.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_answer(ctx: XdpContext) -> u32 {
-    let mut frame = xdp::XdpFrame::new(ctx.ctx);
+    let mut frame = xdp::XdpFrame::<true>::new(ctx.ctx);
     match answer::answer(&Kernel, &mut frame, Hook::Xdp).action {
         Action::Transmit => XDP_TX,
         Action::Drop => XDP_DROP,
@@ -222,13 +222,13 @@ fn redirect(ifindex: u32, flags: u64) -> i32 {
 
 /// Passes every packet. Attached to the pod's end of a veth pair it makes that end able to receive
 /// redirected frames.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_pass(_ctx: XdpContext) -> u32 {
     XDP_PASS
 }
 
 /// The low 31 bits of jiffies, for the agent, which runs it twice to learn how long a jiffy is.
-#[xdp]
+#[xdp(frags)]
 pub fn xdp_clock(_ctx: XdpContext) -> u32 {
     kernel::jiffies() & 0x7fff_ffff
 }

@@ -80,6 +80,11 @@ unsafe impl Frame for SkbFrame {
         // SAFETY: as in `start`.
         unsafe { (&raw const (*self.0).len).read_volatile() as usize }
     }
+    /// Headers are in the first buffer, see [`SkbFrame::pull`].
+    #[inline(always)]
+    fn is_split(&self) -> bool {
+        false
+    }
     #[inline(always)]
     fn adjust_head(&mut self, delta: i32) -> bool {
         // More room only: the kernel has no other.

@@ -3,7 +3,7 @@
 use crate::maps::{sl_jump_v1, sl_scratch_v1};
 use crate::trap;
 use aya_ebpf::bindings::xdp_md;
-use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_xdp_load_bytes};
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_xdp_get_buff_len, bpf_xdp_load_bytes};
 use aya_ebpf::helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
 use core::ffi::c_void;
@@ -24,23 +24,39 @@ pub struct HandOver {
 /// Tells our metadata from another program's. Metadata cannot come from the wire.
 pub const HAND_OVER_MAGIC: u32 = 0x736c_7563; // "sluc"
 
-/// A frame at the XDP hook.
-pub struct XdpFrame(*mut xdp_md);
+/// A frame at the XDP hook. Most lie in one buffer, and then their length is a difference of two
+/// pointers. Whether one does costs a helper call, which only the programs with `WHOLE` make for each
+/// frame.
+pub struct XdpFrame<const WHOLE: bool>(*mut xdp_md);
 
 /// Chunks that a sum covers at most.
 const MOST_CHUNKS: u32 = 16_384 / SCRATCH_BYTES;
 
-impl XdpFrame {
+impl<const WHOLE: bool> XdpFrame<WHOLE> {
     /// The frame of a program's context.
     #[inline(always)]
     pub fn new(ctx: *mut xdp_md) -> Self {
         Self(ctx)
     }
+
+    /// Bytes in all buffers.
+    #[inline(always)]
+    fn whole_len(&self) -> usize {
+        trap::count(Trap::BufferLength);
+        // SAFETY: the context is valid while the program runs.
+        unsafe { bpf_xdp_get_buff_len(self.0) as usize }
+    }
+
+    /// Bytes in the first buffer.
+    #[inline(always)]
+    fn linear_len(&self) -> usize {
+        (self.end() as usize).wrapping_sub(self.start() as usize)
+    }
 }
 
 // SAFETY: the kernel gives `data..data_end` to the program until the next helper that moves it;
 // those are called only by `&mut self` methods.
-unsafe impl Frame for XdpFrame {
+unsafe impl<const WHOLE: bool> Frame for XdpFrame<WHOLE> {
     // The reads are volatile so that LLVM does not hoist them into a caller as a 32-bit scalar,
     // which the verifier refuses ("R2 invalid mem access 'scalar'").
     #[inline(always)]
@@ -52,6 +68,14 @@ unsafe impl Frame for XdpFrame {
     fn end(&self) -> *mut u8 {
         // SAFETY: as in `start`.
         unsafe { (&raw const (*self.0).data_end).read_volatile() as usize as *mut u8 }
+    }
+    #[inline(always)]
+    fn packet_len(&self) -> usize {
+        if WHOLE { self.whole_len() } else { self.linear_len() }
+    }
+    #[inline(always)]
+    fn is_split(&self) -> bool {
+        self.whole_len() > self.linear_len()
     }
     #[inline(always)]
     fn adjust_head(&mut self, delta: i32) -> bool {

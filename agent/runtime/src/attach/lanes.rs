@@ -42,7 +42,19 @@ pub enum LaneError {
 /// # Errors
 /// When the object lacks one, or the kernel refuses it.
 pub fn fill_lanes(ebpf: &mut Ebpf) -> Result<(), LaneError> {
-    for (hook, lane, name) in LANES {
+    fill(ebpf, |_| true)
+}
+
+/// The same for `sl_jump_v1` alone.
+///
+/// # Errors
+/// As [`fill_lanes`].
+pub fn fill_xdp_lanes(ebpf: &mut Ebpf) -> Result<(), LaneError> {
+    fill(ebpf, |hook| hook == Hook::Xdp)
+}
+
+fn fill(ebpf: &mut Ebpf, wanted: impl Fn(Hook) -> bool) -> Result<(), LaneError> {
+    for (hook, lane, name) in LANES.iter().filter(|(hook, ..)| wanted(*hook)) {
         let fd = load(ebpf, name)?;
         put(ebpf, *hook, *lane, &fd)?;
     }

@@ -10,7 +10,9 @@
 
 mod bpffs;
 mod detach;
+mod frags;
 mod lanes;
+mod mtu;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -25,6 +27,7 @@ use aya::programs::{
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_obj::programs::XdpAttachType;
 use serde::{Deserialize, Serialize};
+use sluice_abi::maps;
 
 use crate::config::{self, Mode};
 use crate::describe::{causes, errno};
@@ -32,7 +35,8 @@ use crate::facts::kernel::Link;
 use crate::maps::{MapsError, Pins, Shape, check_pins, shapes};
 
 pub use bpffs::{BpffsError, mount as mount_bpffs, unmount as unmount_bpffs};
-pub use lanes::{LaneError, fill_lanes};
+pub use frags::without_frags;
+pub use lanes::{LaneError, fill_lanes, fill_xdp_lanes};
 
 /// The object with all programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("SLUICE_BPF_OBJECT"));
@@ -183,6 +187,9 @@ const TC_UPLINK: &str = "tc_uplink";
 const TC_INGRESS: &str = "tc_ingress";
 const TC_EGRESS: &str = "tc_egress";
 const CLOCK: &str = "xdp_clock";
+/// Pin of the map [`maps::JUMP`] for generic mode: programs that share such a map must agree on
+/// frames in several buffers.
+const JUMP_GENERIC: &str = "sl_jumpgen_v1";
 
 /// The program at TC ingress of an interface. None for the vxlan device: what XDP hands to it carries
 /// its mark on, and must not be handed over once more.
@@ -197,6 +204,12 @@ fn tc_ingress(role: Role) -> Option<&'static str> {
 /// The loaded programs and their links.
 pub struct Attacher {
     ebpf: Ebpf,
+    /// XDP for generic mode, from when an interface first needs it; see [`frags`].
+    generic: Option<Ebpf>,
+    /// Sizes of the maps.
+    sizes: config::Maps,
+    /// Whether native XDP takes frames in several buffers.
+    frags: bool,
     pins: Pins,
     interfaces: BTreeMap<String, Attached>,
     /// What an earlier agent found out, so that a refusal keeps its reason when a link is taken over.
@@ -214,23 +227,24 @@ impl Attacher {
     /// # Errors
     /// When there is no BPF file system, a pinned map does not fit, or the kernel refuses.
     pub fn load(pin_dir: &Path, sizes: &config::Maps) -> Result<Self, AttachError> {
+        Self::load_as(pin_dir, sizes, frags::are_known())
+    }
+
+    /// The same; native XDP takes frames in several buffers only if `frags` says so, which needs a
+    /// kernel that knows them.
+    ///
+    /// # Errors
+    /// As [`Attacher::load`].
+    pub fn load_as(pin_dir: &Path, sizes: &config::Maps, frags: bool) -> Result<Self, AttachError> {
         bpffs::mount(pin_dir)?;
         let pins = Pins::new(pin_dir);
         let shapes = shapes(sizes);
         check_pins(&pins, &shapes)?;
-        let mut loader = EbpfLoader::new();
-        for Shape { name, max_entries, .. } in &shapes {
-            loader.map_max_entries(name, *max_entries);
-            loader.map_pin_path(name, pins.map_path(name));
-        }
-        let mut ebpf =
-            loader.load(OBJECT).map_err(|source| AttachError::Load { source: Box::new(source) })?;
+        let mut ebpf = load(&pins, &shapes, frags, |name| name)?;
         // What was created must be what the contract says: our own object could be wrong too.
         check_pins(&pins, &shapes)?;
         for name in [XDP, CLOCK] {
-            xdp(&mut ebpf, name)?
-                .load()
-                .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
+            load_xdp(&mut ebpf, name)?;
         }
         for name in [TC_UPLINK, TC_INGRESS, TC_EGRESS] {
             tc(&mut ebpf, name)?
@@ -252,12 +266,35 @@ impl Attacher {
         }
         Ok(Self {
             ebpf,
+            generic: None,
+            sizes: *sizes,
+            frags,
             pins,
             interfaces: BTreeMap::new(),
             earlier: BTreeMap::new(),
             obstacles: BTreeMap::new(),
             held: BTreeMap::new(),
         })
+    }
+
+    /// `xdp_node` for a rung.
+    fn node(&mut self, rung: Rung) -> Result<&mut Xdp, AttachError> {
+        if rung != Rung::Generic {
+            return xdp(&mut self.ebpf, XDP);
+        }
+        if self.generic.is_none() {
+            let pin = |name| if name == maps::JUMP { JUMP_GENERIC } else { name };
+            let shapes = shapes(&self.sizes);
+            let jump = shapes.iter().find(|shape| shape.name == maps::JUMP);
+            let pinned = jump.map(|shape| Shape { name: JUMP_GENERIC, ..*shape });
+            check_pins(&self.pins, &Vec::from_iter(pinned))?;
+            let mut ebpf = load(&self.pins, &shapes, false, pin)?;
+            load_xdp(&mut ebpf, XDP)?;
+            fill_xdp_lanes(&mut ebpf)?;
+            self.generic = Some(ebpf);
+        }
+        let missing = AttachError::NoProgram { name: XDP };
+        xdp(self.generic.as_mut().ok_or(missing)?, XDP)
     }
 
     /// Tells what an earlier agent had attached, from its status file.
@@ -377,9 +414,11 @@ impl Attacher {
     /// refused are tried again by the caller when it sees fit, not each time.
     fn intact(&self, link: &Link, known: &Attached) -> bool {
         let xdp_here = match known.mode {
-            Rung::Native | Rung::Generic | Rung::Offload => self
-                .program_id(XDP)
-                .is_some_and(|id| link.xdp.iter().any(|(there, _)| *there == id)),
+            Rung::Native | Rung::Generic | Rung::Offload => {
+                let generic = self.generic.as_ref().filter(|_| known.mode == Rung::Generic);
+                let ours = program_id(generic.unwrap_or(&self.ebpf), XDP);
+                ours.is_some_and(|id| link.xdp.iter().any(|(there, _)| *there == id))
+            }
             Rung::Tc | Rung::None => true,
         };
         xdp_here
@@ -393,19 +432,10 @@ impl Attacher {
         // Without TCX the filter cannot be found by its program; then it is believed to be there.
         match SchedClassifier::query_tcx(&link.name, side) {
             Ok((_, programs)) => {
-                self.program_id(name).is_some_and(|id| programs.iter().any(|p| p.id() == id))
+                program_id(&self.ebpf, name).is_some_and(|id| programs.iter().any(|p| p.id() == id))
             }
             Err(_) => true,
         }
-    }
-
-    fn program_id(&self, name: &str) -> Option<u32> {
-        let info = match self.ebpf.program(name)? {
-            aya::programs::Program::Xdp(p) => p.info().ok()?,
-            aya::programs::Program::SchedClassifier(p) => p.info().ok()?,
-            _ => return None,
-        };
-        Some(info.id())
     }
 
     /// Removes our links from interfaces that are not in `keep`; those of this run and those of an
@@ -511,9 +541,14 @@ impl Attacher {
                     continue;
                 }
             };
-            match self.new_xdp_link(link, xdp_mode, &path) {
+            let native = *rung == Rung::Native;
+            if native && let Some(refusal) = mtu::refusal(link, self.frags) {
+                refusals.push(refusal);
+                continue;
+            }
+            match self.new_xdp_link(link, *rung, xdp_mode, &path) {
                 Ok(()) => return *rung,
-                Err(error) => refusals.push(explain(link, *rung, &*error)),
+                Err(error) => refusals.push(explain(link, *rung, self.frags, &*error)),
             }
         }
         Rung::None
@@ -539,7 +574,7 @@ impl Attacher {
             if wanted != rung {
                 return Err(format!("it is {}, the config says {}", rung.label(), mode.label()));
             }
-            let program = xdp(&mut self.ebpf, XDP).map_err(|e| e.to_string())?;
+            let program = self.node(rung).map_err(|e| e.to_string())?;
             let old = XdpLink::try_from(old).map_err(|e| causes(&e))?;
             let id = program.attach_to_link(old).map_err(|e| causes(&e))?;
             let new = program.take_link(id).map_err(|e| causes(&e))?;
@@ -566,10 +601,11 @@ impl Attacher {
     fn new_xdp_link(
         &mut self,
         link: &Link,
+        rung: Rung,
         mode: XdpMode,
         path: &Path,
     ) -> Result<(), Box<dyn std::error::Error>> {
-        let program = xdp(&mut self.ebpf, XDP)?;
+        let program = self.node(rung)?;
         let id = program.attach_to_if_index(link.ifindex, mode)?;
         // On a kernel without XDP links this fails, and dropping the link detaches.
         let fd = FdLink::try_from(program.take_link(id)?)?;
@@ -725,6 +761,36 @@ pub fn pinned_jiffies(pin_dir: &Path) -> Result<u32, AttachError> {
     run_clock(&program)
 }
 
+/// Creates or reuses the maps, each pinned under the name that `pin` gives it. No program is loaded.
+fn load(
+    pins: &Pins,
+    shapes: &[Shape],
+    frags: bool,
+    pin: impl Fn(&'static str) -> &'static str,
+) -> Result<Ebpf, AttachError> {
+    let mut loader = EbpfLoader::new();
+    for Shape { name, max_entries, .. } in shapes {
+        loader.map_max_entries(name, *max_entries);
+        loader.map_pin_path(name, pins.map_path(pin(name)));
+    }
+    let loaded = if frags { loader.load(OBJECT) } else { loader.load(&without_frags(OBJECT)) };
+    loaded.map_err(|source| AttachError::Load { source: Box::new(source) })
+}
+
+fn load_xdp(ebpf: &mut Ebpf, name: &'static str) -> Result<(), AttachError> {
+    let fail = |source| AttachError::Program { name, source: Box::new(source) };
+    xdp(ebpf, name)?.load().map_err(fail)
+}
+
+fn program_id(ebpf: &Ebpf, name: &str) -> Option<u32> {
+    let info = match ebpf.program(name)? {
+        aya::programs::Program::Xdp(p) => p.info().ok()?,
+        aya::programs::Program::SchedClassifier(p) => p.info().ok()?,
+        _ => return None,
+    };
+    Some(info.id())
+}
+
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, AttachError> {
     ebpf.program_mut(name)
         .ok_or(AttachError::NoProgram { name })?
@@ -740,7 +806,12 @@ fn tc<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassif
 }
 
 /// A refusal in words.
-fn explain(link: &Link, rung: Rung, error: &(dyn std::error::Error + 'static)) -> Refusal {
+fn explain(
+    link: &Link,
+    rung: Rung,
+    frags: bool,
+    error: &(dyn std::error::Error + 'static),
+) -> Refusal {
     let errno = errno(error).unwrap_or_default();
     let holder =
         link.xdp.iter().map(|(id, mode)| foreign(*id, mode)).collect::<Vec<_>>().join(", ");
@@ -757,10 +828,7 @@ fn explain(link: &Link, rung: Rung, error: &(dyn std::error::Error + 'static)) -
             format!("native and generic XDP cannot be active at once, and there is {holder}"),
             format!("detach the other program, or set datapath.interface.{name}.mode to its mode"),
         ),
-        libc::ERANGE => (
-            format!("the MTU {} is more than native XDP of this driver takes", link.mtu),
-            format!("lower it (ip link set dev {name} mtu 3498 for veth), or use mode generic"),
-        ),
+        libc::ERANGE => mtu::above_limit(link, frags),
         libc::EOPNOTSUPP => (
             format!(
                 "the driver ({}) has no native XDP",
@@ -841,8 +909,8 @@ pub fn remove_pins(dir: &Path) -> Result<Vec<PathBuf>, AttachError> {
     let links: Vec<PathBuf> = link_pins(dir).into_iter().map(|(path, _)| path).collect();
     remove_links(&links)?;
     removed.extend(links);
-    let maps = sluice_abi::maps::ALL.iter().map(|name| dir.join(name));
-    for path in [clock_path(dir)].into_iter().chain(maps) {
+    let maps = maps::ALL.iter().map(|name| dir.join(name));
+    for path in [clock_path(dir), dir.join(JUMP_GENERIC)].into_iter().chain(maps) {
         match std::fs::remove_file(&path) {
             Ok(()) => removed.push(path),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}

@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GTXCSUM: u32 = 0x16;
 const ETHTOOL_GSTRINGS: u32 = 0x1b;
 const ETHTOOL_GGRO: u32 = 0x2b;
 const ETHTOOL_GSSET_INFO: u32 = 0x37;
@@ -18,7 +20,6 @@ const ETH_GSTRING_LEN: usize = 32;
 const MAX_FEATURES: usize = 1024;
 
 const SIOCETHTOOL: u16 = 0x8946;
-nix::ioctl_readwrite_bad!(siocethtool, SIOCETHTOOL, libc::ifreq);
 
 /// A feature of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub struct Feature {
 /// One call about interface `name`; `words` hold the command and what follows it, and room for the
 /// answer.
 fn call(name: &str, words: &mut [u32]) -> nix::Result<()> {
+    nix::ioctl_readwrite_bad!(siocethtool, SIOCETHTOOL, libc::ifreq);
+
     let bytes = name.as_bytes();
     if bytes.len() >= libc::IFNAMSIZ {
         return Err(nix::Error::ENAMETOOLONG);
@@ -56,6 +59,24 @@ pub fn gro(name: &str) -> nix::Result<bool> {
     let mut value = [ETHTOOL_GGRO, 0];
     call(name, &mut value)?;
     Ok(value[1] != 0)
+}
+
+/// Whether the device leaves checksums of what it sends open, for hardware to fill in.
+pub fn tx_checksum(name: &str) -> nix::Result<bool> {
+    let mut value = [ETHTOOL_GTXCSUM, 0];
+    call(name, &mut value)?;
+    Ok(value[1] != 0)
+}
+
+/// Name of the kernel's driver.
+pub fn driver(name: &str) -> nix::Result<String> {
+    // `struct ethtool_drvinfo`: command, 32 bytes of name, 160 bytes of other things.
+    let mut words = [0; 49];
+    words[0] = ETHTOOL_GDRVINFO;
+    call(name, &mut words)?;
+    let text: Vec<u8> = words[1..9].iter().flat_map(|word: &u32| word.to_ne_bytes()).collect();
+    let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
+    Ok(String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
 /// All features by the kernel's names.

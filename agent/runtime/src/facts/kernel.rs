@@ -17,6 +17,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use sluice_abi::Mac;
 
+use super::xdp_features::{self, XdpFeatures};
 use crate::netlink::{Netlink, NetlinkError};
 
 /// A vxlan device's own settings.
@@ -63,6 +64,8 @@ pub struct Link {
     pub controller: Option<u32>,
     /// XDP programs: id and mode word.
     pub xdp: Vec<(u32, &'static str)>,
+    /// What the device says about XDP; nothing on kernels before 6.3.
+    pub xdp_features: Option<XdpFeatures>,
 }
 
 /// A route.
@@ -117,6 +120,16 @@ impl Kernel {
                 let link = link(message);
                 kernel.links.insert(link.ifindex, link);
             }
+        }
+        match xdp_features::read() {
+            Ok(features) => {
+                for (ifindex, features) in features {
+                    if let Some(link) = kernel.links.get_mut(&ifindex) {
+                        link.xdp_features = Some(features);
+                    }
+                }
+            }
+            Err(e) => tracing::debug!("XDP features of devices: {e}"),
         }
         let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         for answer in netlink.dump("addresses", question)? {

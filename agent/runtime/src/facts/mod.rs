@@ -8,11 +8,12 @@
 //!  netfilter rules ──────────────────────────────────────────────────────────┘
 //! ```
 
-mod ethtool;
+pub mod ethtool;
 pub mod kernel;
 mod netfilter;
 mod pod_end;
 mod tags;
+pub mod xdp_features;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;

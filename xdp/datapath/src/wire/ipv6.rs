@@ -24,6 +24,9 @@ pub struct Ipv6 {
 /// Fragment header (RFC 8200 section 4.5).
 pub const NEXT_HEADER_FRAGMENT: u8 = 44;
 
+/// Hop-by-hop options (RFC 8200 section 4.3).
+pub const NEXT_HEADER_HOP_BY_HOP: u8 = 0;
+
 /// Routing header (RFC 8200 section 4.4).
 pub const NEXT_HEADER_ROUTING: u8 = 43;
 
@@ -53,7 +56,7 @@ pub const FRAGMENT_MASK_V6: u16 = 0xfff9;
 /// header covers the addresses.
 #[inline(always)]
 pub const fn is_followed(next_header: u8) -> bool {
-    matches!(next_header, 0 | NEXT_HEADER_ROUTING | 60)
+    matches!(next_header, NEXT_HEADER_HOP_BY_HOP | NEXT_HEADER_ROUTING | 60)
 }
 
 /// Whether `next_header` is an extension header (IANA IPv6 extension header types), the fragment

@@ -19,8 +19,8 @@ pub use ipv4::{
     DONT_FRAGMENT, ECN_CE, ECN_ECT_0, ECN_ECT_1, ECN_NOT_ECT, FRAGMENT_MASK, Ipv4, OFFSET_MASK,
 };
 pub use ipv6::{
-    Extension, FRAGMENT_MASK_V6, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_ROUTING,
-    is_extension_header, is_followed,
+    Extension, FRAGMENT_MASK_V6, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_HOP_BY_HOP,
+    NEXT_HEADER_ROUTING, is_extension_header, is_followed,
 };
 pub use transport::{Ports, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp, Udp};
 pub use vxlan::{FLAG_VNI, VNI_MASK, Vxlan};
