@@ -99,6 +99,8 @@ pub struct State {
     refused_again: Instant,
     forget: Vec<(Instant, BTreeMap<u32, BTreeSet<u32>>)>,
     unresolved: usize,
+    /// When the first step that asked for neighbours had ended.
+    asked: Option<Instant>,
     stack_delivery: BTreeMap<String, String>,
     notes: Vec<String>,
     snat_alarm: Option<String>,
@@ -166,6 +168,7 @@ impl State {
             refused_again: Instant::now() + RETRY_REFUSED,
             forget: Vec::new(),
             unresolved: 0,
+            asked: None,
             stack_delivery: BTreeMap::new(),
             notes: Vec::new(),
             snat_alarm: None,
@@ -276,6 +279,10 @@ impl State {
         }
         self.forget_again();
         self.report();
+        // Loading programs can take longer than a neighbour's answer, which only the next step sees.
+        if self.unresolved > 0 {
+            self.asked.get_or_insert_with(Instant::now);
+        }
     }
 
     fn try_step(&mut self) -> Result<(), StepError> {
@@ -662,7 +669,7 @@ impl State {
             not_ready.push("tables are not programmed yet".to_owned());
         }
         // A neighbour that lives answers within a blink; one that does not must not hold us up.
-        if self.unresolved > 0 && self.started.elapsed() < NEIGHBOURS {
+        if self.unresolved > 0 && self.asked.is_none_or(|asked| asked.elapsed() < NEIGHBOURS) {
             not_ready.push(format!("{} neighbours are being asked for", self.unresolved));
         }
         not_ready.extend(self.source_error.as_ref().map(ToString::to_string));
