@@ -205,6 +205,7 @@ impl Host {
     pub fn clear(&self) {
         self.flows.0.iter().for_each(|set| set.set(FlowSet::default()));
         size::snat_indexes().for_each(|index| self.set_snat(index, SnatSlot::FREE));
+        self.fragments.0.iter().for_each(|note| note.set(Fragment::default()));
         self.buckets.0.iter().for_each(|bucket| bucket.set(Bucket::default()));
         self.bucket_cpu.0.iter().for_each(|bucket| bucket.set(Bucket::default()));
         self.clear_counters();

@@ -4,7 +4,7 @@
 use sluice_abi::{Addr, Family, IPPROTO_TCP, Reason, settings_flags};
 
 use crate::checksum::checksum;
-use crate::packet::{Ethernet, Header, Packet, V4, V6, ethertype, tcp, transport_checksum};
+use crate::packet::{Ethernet, Header, Packet, Part, V4, V6, ethertype, tcp, transport_checksum};
 use crate::road::{Action, Arrival, Case, Lawful, Stop, encapsulate, overhead, seen_outer_port};
 use crate::state::{Exit, State};
 
@@ -202,5 +202,5 @@ fn ours(packet: &Packet, src: Addr, protocol: u8, class: u8, payload: Vec<u8>) -
         }
     };
     let eth = Ethernet { tags: Vec::new(), ethertype, ..packet.eth.clone() };
-    Packet { eth, header, payload, padding: Vec::new(), obstacle: None }
+    Packet { eth, header, payload, padding: Vec::new(), obstacle: None, part: Part::Whole }
 }

@@ -8,7 +8,7 @@ use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Reason, settings_flags}
 
 use crate::checksum::update;
 use crate::decide::is_martian;
-use crate::packet::{Header, Packet, chain, icmp_of};
+use crate::packet::{Packet, chain, icmp_of};
 use crate::road::{
     Account, Action, Arrival, Case, Direction, Lawful, Outcome, Stop, leave, seen_inner,
 };
@@ -80,7 +80,8 @@ fn quote(case: &Case<'_>, packet: &Packet) -> Result<Quote, Reason> {
             if h[0] >> 4 != 6 {
                 return Err(Reason::IcmpMalformed);
             }
-            let (proto, chain) = chain(h[6], &body[40..]).map_err(|_| Reason::Icmp)?;
+            let chain = chain(h[6], &body[40..], false).map_err(|_| Reason::Icmp)?;
+            let (proto, chain, _) = chain;
             if HEADER + 40 + chain > len {
                 // Cut within its extension headers, or of such a kind.
                 return Err(if chain == 0 { Reason::IcmpMalformed } else { Reason::Icmp });
@@ -194,16 +195,10 @@ fn resum(packet: &mut Packet, before: &[u8], old_pseudo: &[u8], new_pseudo: &[u8
 /// Writes new addresses; the checksums that cover them follow (RFC 4443 section 2.3: ICMPv6's too).
 fn readdress(packet: &mut Packet, src: Addr, dst: Addr) {
     let (old, new) = (ends(packet.src(), packet.dst()), ends(src, dst));
-    match &mut packet.header {
-        Header::V4(h) => {
-            (h.src, h.dst) = (src, dst);
-            h.checksum = update(h.checksum, &old, &new);
-        }
-        Header::V6(h) => {
-            (h.src, h.dst) = (src, dst);
-            let before = packet.payload.clone();
-            resum(packet, &before, &old, &new);
-        }
+    packet.readdress(src, dst);
+    if packet.family() == Family::V6 {
+        let before = packet.payload.clone();
+        resum(packet, &before, &old, &new);
     }
 }
 

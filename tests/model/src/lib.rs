@@ -22,6 +22,7 @@
 mod answer;
 mod checksum;
 mod decide;
+mod fragment;
 mod icmp;
 mod model;
 mod packet;
@@ -33,7 +34,7 @@ mod tcp;
 mod xdp;
 
 pub use model::{Disagreement, Model, Seen};
-pub use packet::{Ethernet, Header, Packet, Transport, has_fragment};
+pub use packet::{Ethernet, Header, Packet, Transport};
 pub use road::{Account, Action, Direction, Outcome, Stop};
 pub use state::{Connection, Exit, State, Tuple};
 pub use tables::Tables;

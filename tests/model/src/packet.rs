@@ -202,8 +202,36 @@ pub struct Packet {
     pub payload: Vec<u8>,
     /// What follows the IP packet in the frame (IEEE 802.3 clause 3.2.8).
     pub padding: Vec<u8>,
-    /// Why the extension headers cannot be followed.
+    /// Why what follows the IP header cannot be followed.
     pub obstacle: Option<Reason>,
+    /// Which part of a packet this is.
+    pub part: Part,
+}
+
+/// A part of a packet (RFC 791 section 3.2, RFC 8200 section 4.5).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// The beginning, with the transport header: the identification.
+    First(u32),
+    /// What comes behind.
+    Later(u32),
+}
+
+impl Part {
+    /// By its offset in units of eight bytes, and whether more follows.
+    ///
+    /// # Errors
+    /// `L4Malformed`: would overwrite the control bits of a TCP header (RFC 3128 section 2).
+    fn of(id: u32, offset: u16, more: bool, protocol: u8) -> Result<Self, Reason> {
+        match (offset, more) {
+            (0, false) => Ok(Part::Whole),
+            (0, true) => Ok(Part::First(id)),
+            (1, _) if protocol == IPPROTO_TCP => Err(Reason::L4Malformed),
+            _ => Ok(Part::Later(id)),
+        }
+    }
 }
 
 /// What a TCP or UDP header says.
@@ -230,14 +258,18 @@ impl Packet {
     /// `NotIp`, `TooManyTags`: not ours to understand. `IpMalformed`, `Martian`: not a packet.
     pub fn parse(frame: &[u8]) -> Result<Self, Reason> {
         let (eth, rest) = Ethernet::parse(frame)?;
-        let (header, header_len, len, obstacle) = match eth.ethertype {
+        let (header, header_len, len, chain) = match eth.ethertype {
             ethertype::IPV4 => v4(rest)?,
             ethertype::IPV6 => v6(rest)?,
             _ => return Err(Reason::NotIp),
         };
         let (packet, padding) = rest.split_at(len);
         let payload = packet[header_len..].to_vec();
-        Ok(Self { eth, header, payload, padding: padding.to_vec(), obstacle })
+        let (obstacle, part) = match chain {
+            Ok(part) => (None, part),
+            Err(obstacle) => (Some(obstacle), Part::Whole),
+        };
+        Ok(Self { eth, header, payload, padding: padding.to_vec(), obstacle, part })
     }
 
     /// The frame.
@@ -324,18 +356,23 @@ impl Packet {
         if let Some(reason) = self.obstacle {
             return Err(reason);
         }
-        if self.is_fragment() {
+        if let Part::Later(_) = self.part {
             return Err(Reason::Fragment);
         }
+        let first = self.part != Part::Whole;
         let p = &self.payload;
         let proto = self.proto();
         let sound = match proto {
             // RFC 9293 section 3.1: the data offset counts words, five at least.
             IPPROTO_TCP if p.len() >= 20 => (20..=p.len()).contains(&(usize::from(p[12] >> 4) * 4)),
-            // RFC 768: the length counts header and data.
+            // RFC 768: the length counts header and data, of which a first fragment has a part.
+            IPPROTO_UDP if p.len() >= 8 && first => be16(p, 4) >= 8,
             IPPROTO_UDP if p.len() >= 8 => (8..=p.len()).contains(&be16(p, 4).into()),
             IPPROTO_TCP | IPPROTO_UDP => false,
-            proto if proto == icmp_of(self.family()) => return Err(Reason::Icmp),
+            proto if proto == icmp_of(self.family()) => {
+                // What ICMP says is not all in a fragment.
+                return Err(if first { Reason::Fragment } else { Reason::Icmp });
+            }
             _ => return Err(Reason::OtherProtocol),
         };
         if !sound {
@@ -346,15 +383,6 @@ impl Packet {
             _ => (0, 0, 0),
         };
         Ok(Transport { proto, src: be16(p, 0), dst: be16(p, 2), flags, seq, ack })
-    }
-
-    /// A part of a packet (RFC 791 section 3.2, RFC 8200 section 4.5).
-    fn is_fragment(&self) -> bool {
-        match &self.header {
-            // More fragments, or an offset.
-            Header::V4(h) => h.fragment & 0x3fff != 0,
-            Header::V6(h) => h.protocol == extension::FRAGMENT,
-        }
     }
 
     /// Whether options or extension headers follow the IP header.
@@ -388,16 +416,27 @@ impl Packet {
         }
     }
 
-    /// Writes new addresses and ports; every checksum that covers them follows.
-    pub fn translate(&mut self, src: (Addr, u16), dst: (Addr, u16)) {
+    /// Writes new addresses; the IPv4 header checksum follows.
+    pub fn readdress(&mut self, src: Addr, dst: Addr) {
         let before = self.addresses();
         match &mut self.header {
-            Header::V4(h) => (h.src, h.dst) = (src.0, dst.0),
-            Header::V6(h) => (h.src, h.dst) = (src.0, dst.0),
+            Header::V4(h) => (h.src, h.dst) = (src, dst),
+            Header::V6(h) => (h.src, h.dst) = (src, dst),
         }
         let after = self.addresses();
         if let Header::V4(h) = &mut self.header {
             h.checksum = update(h.checksum, &before, &after);
+        }
+    }
+
+    /// Writes new addresses and ports; every checksum that covers them follows. Of a later fragment
+    /// the addresses alone are here.
+    pub fn translate(&mut self, src: (Addr, u16), dst: (Addr, u16)) {
+        let before = self.addresses();
+        self.readdress(src.0, dst.0);
+        let after = self.addresses();
+        if let Part::Later(_) = self.part {
+            return;
         }
         let ports = [src.1.to_be_bytes(), dst.1.to_be_bytes()].concat();
         let old = [&before[..], &self.payload[..4]].concat();
@@ -444,7 +483,7 @@ impl Packet {
     /// Bytes behind a UDP datagram inside its IP packet (RFC 9868: the surplus area).
     pub fn surplus(&self) -> usize {
         match self.proto() {
-            IPPROTO_UDP => self.payload.len() - usize::from(be16(&self.payload, 4)),
+            IPPROTO_UDP => self.payload.len().saturating_sub(be16(&self.payload, 4).into()),
             _ => 0,
         }
     }
@@ -457,19 +496,6 @@ impl Packet {
     fn addresses(&self) -> Vec<u8> {
         addresses(self.src(), self.dst())
     }
-}
-
-/// Whether a frame is a fragment, or has one behind what may be VXLAN headers.
-pub fn has_fragment(frame: &[u8]) -> bool {
-    let Ok(packet) = Packet::parse(frame) else { return false };
-    if packet.is_fragment() {
-        return true;
-    }
-    packet.proto() == IPPROTO_UDP
-        && packet.payload.get(16..).is_some_and(|inner| {
-            let inner = [inner, &packet.padding].concat();
-            Packet::parse(&inner).is_ok_and(|inner| inner.is_fragment())
-        })
 }
 
 /// Two addresses as they stand in the headers.
@@ -495,8 +521,8 @@ pub fn transport_checksum(src: Addr, dst: Addr, proto: u8, segment: &[u8]) -> u1
     }
 }
 
-/// Header, its length, the packet's length, and what stands in the way behind it.
-type Parsed = (Header, usize, usize, Option<Reason>);
+/// Header, its length, the packet's length, and which part of it this is, if that can be told.
+type Parsed = (Header, usize, usize, Result<Part, Reason>);
 
 fn v4(bytes: &[u8]) -> Result<Parsed, Reason> {
     let fixed = bytes.get(..20).ok_or(Reason::IpMalformed)?;
@@ -522,7 +548,10 @@ fn v4(bytes: &[u8]) -> Result<Parsed, Reason> {
         dst: addr(16),
         options: bytes[20..header_len].to_vec(),
     };
-    Ok((Header::V4(header), header_len, len, None))
+    // Of the flags and the offset "more fragments" and the offset count.
+    let (more, offset) = (header.fragment & 0x2000 != 0, header.fragment & 0x1fff);
+    let part = Part::of(header.id.into(), offset, more, header.protocol);
+    Ok((Header::V4(header), header_len, len, part))
 }
 
 fn v6(bytes: &[u8]) -> Result<Parsed, Reason> {
@@ -547,10 +576,10 @@ fn v6(bytes: &[u8]) -> Result<Parsed, Reason> {
     if [src, dst].iter().any(|addr| addr.family() == Family::V4) {
         return Err(Reason::Martian);
     }
-    let (protocol, chain_len, obstacle) = match chain(fixed[6], &bytes[40..]) {
-        Ok((protocol, chain_len)) if 40 + chain_len <= len => (protocol, chain_len, None),
-        Ok(_) => (fixed[6], 0, Some(Reason::IpMalformed)),
-        Err(reason) => (fixed[6], 0, Some(reason)),
+    let (protocol, chain_len, part) = match chain(fixed[6], &bytes[40..], true) {
+        Ok((protocol, chain_len, part)) if 40 + chain_len <= len => (protocol, chain_len, Ok(part)),
+        Ok(_) => (fixed[6], 0, Err(Reason::IpMalformed)),
+        Err(reason) => (fixed[6], 0, Err(reason)),
     };
     let header = V6 {
         class: (first >> 20) as u8,
@@ -563,7 +592,7 @@ fn v6(bytes: &[u8]) -> Result<Parsed, Reason> {
         extensions: bytes[40..40 + chain_len].to_vec(),
         protocol,
     };
-    Ok((Header::V6(header), 40 + chain_len, len, obstacle))
+    Ok((Header::V6(header), 40 + chain_len, len, part))
 }
 
 /// IANA IPv6 extension header types.
@@ -587,32 +616,50 @@ mod extension {
     pub const MOST_BYTES: usize = 256;
 }
 
-/// Protocol behind a chain of extension headers (RFC 8200 section 4), and the chain's length.
+/// Protocol behind a chain of extension headers (RFC 8200 section 4), the chain's length, and which
+/// part of the packet it belongs to. The chain of a later fragment ends in front of its fragment
+/// header, and so does any if `fragments` are not to be followed.
 ///
 /// # Errors
-/// `ExtensionChain` (pass): longer than is followed, of a kind that is not followed, or a route that
-/// goes on elsewhere. `RoutingHeader` (drop): RFC 5095 section 3. `IpMalformed` (drop): cut short.
-pub fn chain(first: u8, bytes: &[u8]) -> Result<(u8, usize), Reason> {
-    let (mut next, mut len) = (first, 0);
+/// `ExtensionChain` (pass): longer than is followed, of a kind that is not followed, a fragment of a
+/// fragment, or a route that goes on elsewhere. `RoutingHeader` (drop): RFC 5095 section 3.
+/// `IpMalformed` (drop): cut short. `L4Malformed` (drop): as in [`Part::of`].
+pub fn chain(first: u8, bytes: &[u8], fragments: bool) -> Result<(u8, usize, Part), Reason> {
+    let (mut next, mut len, mut part) = (first, 0, Part::Whole);
     let mut count = 0;
-    while extension::FOLLOWED.contains(&next) && count < extension::MOST {
-        let Some(&[behind, units, kind, segments_left]) = bytes.get(len..len + 4) else {
-            return Err(Reason::IpMalformed);
-        };
+    let goes_on =
+        |next| extension::FOLLOWED.contains(&next) || fragments && next == extension::FRAGMENT;
+    while goes_on(next) && count < extension::MOST {
+        let Some(header) = bytes.get(len..len + 8) else { return Err(Reason::IpMalformed) };
+        let (behind, kind, segments_left) = (header[0], header[2], header[3]);
+        count += 1;
+        if next == extension::FRAGMENT {
+            if part != Part::Whole {
+                return Err(Reason::ExtensionChain);
+            }
+            // Two reserved bits stand between offset and flag; who sets them means something.
+            let (offset, flags) = (be16(header, 2) >> 3, be16(header, 2) & 7);
+            part = Part::of(be32(header, 4), offset, flags & 1 != 0, behind)?;
+            if let Part::Later(_) = part {
+                return Ok((next, len, part));
+            }
+            len += 8;
+            next = behind;
+            continue;
+        }
         if next == extension::ROUTING && segments_left != 0 {
             return Err(if kind == 0 { Reason::RoutingHeader } else { Reason::ExtensionChain });
         }
-        len += (usize::from(units) + 1) * 8;
+        len += (usize::from(header[1]) + 1) * 8;
         if len > extension::MOST_BYTES {
             return Err(Reason::ExtensionChain);
         }
         next = behind;
-        count += 1;
     }
-    if extension::FOLLOWED.contains(&next) || extension::LEFT.contains(&next) {
+    if goes_on(next) || extension::LEFT.contains(&next) {
         return Err(Reason::ExtensionChain);
     }
-    Ok((next, len))
+    Ok((next, len, part))
 }
 
 fn be16(bytes: &[u8], at: usize) -> u16 {

@@ -3,7 +3,7 @@
 use sluice_abi::{Addr, Family, IPPROTO_UDP, Reason, VerdictKind, Vtep};
 
 use crate::checksum::checksum;
-use crate::packet::{Ethernet, Header, Packet, Tag, V4, V6, ethertype, transport_checksum};
+use crate::packet::{Ethernet, Header, Packet, Part, Tag, V4, V6, ethertype, transport_checksum};
 use crate::state::{Connection, Exit, State};
 use crate::tables::Tables;
 
@@ -269,7 +269,15 @@ pub fn encapsulate(
             Header::V6(_) => ethertype::IPV6,
         };
         let eth = Ethernet { ethertype, ..eth.clone() };
-        Packet { eth, header, payload, padding: inner.padding.clone(), obstacle: None }.bytes()
+        Packet {
+            eth,
+            header,
+            payload,
+            padding: inner.padding.clone(),
+            obstacle: None,
+            part: Part::Whole,
+        }
+        .bytes()
     };
     if vtep.remote.family() == Family::V4 {
         // Over IPv4 there should be no checksum (RFC 7348 section 5).
@@ -303,7 +311,10 @@ fn datagram(vtep: &Vtep, src_port: u16, checksum: u16, inside: &Packet) -> Vec<u
 impl Packet {
     /// Whether a transport checksum covers everything behind the IP header.
     fn is_covered(&self) -> bool {
-        self.transport().is_ok() && !self.is_without_checksum() && self.surplus() == 0
+        self.part == Part::Whole
+            && self.transport().is_ok()
+            && !self.is_without_checksum()
+            && self.surplus() == 0
     }
 }
 

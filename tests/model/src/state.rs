@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use sluice_abi::{Addr, Mac, Timeouts};
 
+use crate::fragment::{Common, Note};
 use crate::packet::{Packet, Tag, Transport};
 use crate::tcp::Progress;
 
@@ -121,6 +122,8 @@ pub struct ChoiceKey {
 pub struct State {
     /// Connections by their request.
     pub connections: BTreeMap<Tuple, Connection>,
+    /// First fragments.
+    pub notes: BTreeMap<Common, Note>,
     /// Backends that were chosen, by what they were chosen for. Consistent hashing knows them
     /// without remembering.
     pub choices: BTreeMap<ChoiceKey, u32>,

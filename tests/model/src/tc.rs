@@ -1,9 +1,10 @@
 //! TC: requests of this node's pods, and replies of its backends.
 
-use sluice_abi::{Mac, Reason};
+use sluice_abi::{Hook, Mac, Reason};
 
 use crate::answer;
 use crate::decide::{Origin, begins_anew, decide, renew};
+use crate::fragment::{self, Fate};
 use crate::icmp;
 use crate::packet::{Packet, Transport};
 use crate::road::{
@@ -12,41 +13,52 @@ use crate::road::{
 use crate::state::{Connection, Exit, State, Tuple};
 use crate::xdp::flow;
 
-/// The parts of a frame that TC looks at; no transport header of an ICMP message.
-fn open(case: &Case<'_>) -> Result<(Packet, Option<Transport>), Reason> {
+/// What every program at TC does with a frame, and what `hook`'s does with one that has a transport
+/// header, and with an ICMP message.
+fn open(
+    case: &Case<'_>,
+    hook: Hook,
+    with_transport: impl FnOnce(&Packet, &Transport) -> Vec<Lawful>,
+    with_icmp: impl FnOnce(Packet) -> Vec<Lawful>,
+) -> Vec<Lawful> {
     if case.tables.bypass() {
-        return Err(Reason::Bypass);
+        return case.stop(Reason::Bypass);
     }
-    let packet = Packet::parse(case.frame)?;
+    let packet = match Packet::parse(case.frame) {
+        Ok(packet) => packet,
+        Err(reason) => return case.stop(reason),
+    };
     if let (true, Some(reason)) = (case.hasty, packet.obstacle) {
-        return Err(reason);
+        return case.stop(reason);
     }
     if packet.eth.dst.is_group() {
-        return Err(Reason::Group);
+        return fragment::passed(case, hook, &packet, true, case.stop(Reason::Group));
     }
-    let transport = match packet.transport() {
-        Err(Reason::Icmp) => None,
-        transport => Some(transport?),
+    let lawful = match packet.transport() {
+        Ok(transport) => with_transport(&packet, &transport),
+        Err(Reason::Icmp) => return with_icmp(packet),
+        Err(Reason::Fragment) => fragment::at_tc(case, hook, &packet),
+        Err(reason) => case.stop(reason),
     };
-    Ok((packet, transport))
+    fragment::passed(case, hook, &packet, false, lawful)
 }
 
 /// What is lawful for a frame that the stack sends: a reply to a client gets the VIP as its source.
 pub fn egress(case: &Case<'_>) -> Vec<Lawful> {
-    let (mut packet, transport) = match open(case) {
-        Ok((packet, Some(transport))) => (packet, transport),
-        Ok((packet, None)) => return icmp::from_stack(case, packet),
-        Err(reason) => return case.stop(reason),
+    let reply = |packet: &Packet, transport: &Transport| {
+        let Some(key) = case.state.kept_reply(&Tuple::of(packet, transport)) else {
+            return case.stop(Reason::NoService);
+        };
+        let mut state = case.state.clone();
+        let connection = state.connections.get_mut(&key).expect("the connection is there");
+        let mut leaves = packet.clone();
+        translate_reply(&mut leaves, connection);
+        connection.progress.advance(Direction::Reply, transport);
+        let outcome = sent(Action::Pass, Reason::ReplyLocal, &leaves, connection, Direction::Reply);
+        state.note(Hook::TcEgress, packet, Fate::Reply(key));
+        vec![(outcome, state)]
     };
-    let Some(key) = case.state.kept_reply(&Tuple::of(&packet, &transport)) else {
-        return case.stop(Reason::NoService);
-    };
-    let mut state = case.state.clone();
-    let connection = state.connections.get_mut(&key).expect("the connection is there");
-    translate_reply(&mut packet, connection);
-    connection.progress.advance(Direction::Reply, &transport);
-    let outcome = sent(Action::Pass, Reason::ReplyLocal, &packet, connection, Direction::Reply);
-    vec![(outcome, state)]
+    open(case, Hook::TcEgress, reply, |packet| icmp::from_stack(case, packet))
 }
 
 fn sent(
@@ -62,19 +74,17 @@ fn sent(
 
 /// What is lawful for a frame that comes out of a pod's host side.
 pub fn ingress(case: &Case<'_>) -> Vec<Lawful> {
-    let (packet, transport) = match open(case) {
-        Ok((packet, Some(transport))) => (packet, transport),
-        Ok((packet, None)) => return icmp::from_pod(case, packet),
-        Err(reason) => return case.stop(reason),
+    let sends = |packet: &Packet, transport: &Transport| {
+        match case.tables.pods.get(&packet.src()) {
+            Some(pod) if pod.ifindex == case.ifindex => {}
+            _ => return case.stop(Reason::NoService),
+        }
+        match past_the_stack(case, packet, transport) {
+            Some(lawful) => vec![lawful],
+            None => request(case, packet, transport),
+        }
     };
-    match case.tables.pods.get(&packet.src()) {
-        Some(pod) if pod.ifindex == case.ifindex => {}
-        _ => return case.stop(Reason::NoService),
-    }
-    match past_the_stack(case, &packet, &transport) {
-        Some(lawful) => vec![lawful],
-        None => request(case, &packet, &transport),
-    }
+    open(case, Hook::TcIngress, sends, |packet| icmp::from_pod(case, packet))
 }
 
 /// The reply to a request that was put into this pod's veth skips the stack as its request did, so
@@ -84,13 +94,14 @@ fn past_the_stack(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Op
     let mut state = case.state.clone();
     let connection = state.connections.get_mut(&key)?;
     let (ifindex, dst, src) = way_past_the_stack(case, connection, packet)?;
-    let mut packet = packet.clone();
-    packet.take_hop();
-    translate_reply(&mut packet, connection);
-    (packet.eth.dst, packet.eth.src) = (dst, src);
+    let mut leaves = packet.clone();
+    leaves.take_hop();
+    translate_reply(&mut leaves, connection);
+    (leaves.eth.dst, leaves.eth.src) = (dst, src);
     connection.progress.advance(Direction::Reply, transport);
     let action = Action::Redirect(ifindex);
-    let outcome = sent(action, Reason::ReplyLocal, &packet, connection, Direction::Reply);
+    let outcome = sent(action, Reason::ReplyLocal, &leaves, connection, Direction::Reply);
+    state.note(Hook::TcIngress, packet, Fate::Reply(key));
     Some((outcome, state))
 }
 
@@ -133,7 +144,7 @@ fn request(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Vec<Lawfu
             }
             return vec![forward(packet, transport, state, tuple, false)];
         }
-        state.connections.remove(&tuple);
+        state.end(&tuple);
     }
     let decisions = decide(case, &state, tuple, transport, &origin);
     let send = |(state, answer): (State, Result<(), Stop>)| match answer {
@@ -152,12 +163,13 @@ fn forward(
 ) -> Lawful {
     let connection = state.connections.get_mut(&key).expect("the connection is there");
     let port = connection.source_port.expect("a source that is kept is known");
-    let mut packet = packet.clone();
-    translate_request(&mut packet, connection, port);
+    let mut leaves = packet.clone();
+    translate_request(&mut leaves, connection, port);
     connection.progress.advance(Direction::Forward, transport);
     let remote = connection.forward.is_remote();
     let reason = if remote { Reason::DnatRemote } else { Reason::DnatLocal };
     let account = flow(connection, Direction::Forward, new);
-    let frame = Some(packet.bytes());
+    let frame = Some(leaves.bytes());
+    state.note(Hook::TcIngress, packet, Fate::Request(key));
     (Outcome { action: Action::Pass, reason, frame, mark: None, account }, state)
 }

@@ -1,11 +1,12 @@
 //! XDP at an uplink: tunnels, requests from outside, replies from other nodes.
 
-use sluice_abi::{Be32, Delivery, IPPROTO_UDP, Reason, VtepKey};
+use sluice_abi::{Be32, Delivery, Hook, IPPROTO_UDP, Reason, VtepKey};
 
 use crate::answer;
 use crate::decide::{Origin, begins_anew, decide, renew};
+use crate::fragment::{self, Fate};
 use crate::icmp;
-use crate::packet::{Ethernet, Packet, Transport, is_tag};
+use crate::packet::{Ethernet, Packet, Part, Transport, is_tag};
 use crate::road::{
     Account, Arrival, Case, Departure, Direction, Lawful, Outcome, Stop, leave, seen_source_port,
     to_stack, translate_reply, translate_request,
@@ -17,23 +18,37 @@ pub fn receive(case: &Case<'_>) -> Vec<Lawful> {
     if case.tables.bypass() {
         return case.stop(Reason::Bypass);
     }
-    match arrive(case) {
-        Ok(arrival) if arrival.tunnel != 0 && is_for_pod(case, &arrival) => deliver(case, &arrival),
-        Ok(arrival) => match arrival.packet.transport() {
-            Ok(transport) => serve(case, &arrival, &transport),
-            Err(Reason::Icmp) => {
-                let Origin { reply, tags, .. } = origin(case, &arrival);
-                icmp::at_uplink(case, &arrival, (reply, tags))
-            }
-            Err(reason) => case.stop(reason),
-        },
-        Err(stop) => case.stop(stop),
+    let mut opened = None;
+    let arrival = match arrive(case, &mut opened) {
+        Ok(arrival) => arrival,
+        Err(reason) => {
+            let lawful = case.stop(reason);
+            return match opened {
+                Some(packet) => fragment::passed(case, Hook::Xdp, &packet, true, lawful),
+                None => lawful,
+            };
+        }
+    };
+    if arrival.tunnel != 0 && is_for_pod(case, &arrival) {
+        return deliver(case, &arrival);
     }
+    let lawful = match arrival.packet.transport() {
+        Ok(transport) => serve(case, &arrival, &transport),
+        Err(Reason::Icmp) => {
+            let Origin { reply, tags, .. } = origin(case, &arrival);
+            icmp::at_uplink(case, &arrival, (reply, tags))
+        }
+        Err(Reason::Fragment) => fragment::at_uplink(case, &arrival),
+        Err(reason) => case.stop(reason),
+    };
+    fragment::passed(case, Hook::Xdp, &arrival.packet, false, lawful)
 }
 
 /// Takes the frame apart, and the tunnel's headers off.
-fn arrive(case: &Case<'_>) -> Result<Arrival, Reason> {
+/// `opened` is the innermost packet that was seen.
+fn arrive(case: &Case<'_>, opened: &mut Option<Packet>) -> Result<Arrival, Reason> {
     let packet = Packet::parse(case.frame)?;
+    *opened = Some(packet.clone());
     if let (true, Some(reason)) = (case.hasty, packet.obstacle) {
         return Err(reason);
     }
@@ -43,7 +58,7 @@ fn arrive(case: &Case<'_>) -> Result<Arrival, Reason> {
     let outer = packet.eth.clone();
     let ports = case.tables.settings.vxlan_ports;
     let is_vxlan = match packet.transport() {
-        Err(Reason::Icmp) => false,
+        Err(Reason::Icmp | Reason::Fragment) => false,
         transport => {
             let transport = transport?;
             let known = ports.iter().any(|port| port.host() == transport.dst);
@@ -53,16 +68,24 @@ fn arrive(case: &Case<'_>) -> Result<Arrival, Reason> {
     if !is_vxlan {
         return Ok(Arrival { packet, outer, tunnel: 0 });
     }
+    if packet.part != Part::Whole {
+        // The kernel puts it together and opens it; what comes out is seen at its vxlan device.
+        return Err(Reason::Fragment);
+    }
     if packet.has_options() {
         // The kernel's vxlan device may look at them.
         return Err(Reason::IpOptions);
     }
-    let (tunnel, inner) = decapsulate(case, &packet)?;
+    let (tunnel, inner) = decapsulate(case, &packet, opened)?;
     Ok(Arrival { packet: inner, outer, tunnel })
 }
 
 /// VTEP index and inner packet (RFC 7348 section 5), if the sender may send it to us.
-fn decapsulate(case: &Case<'_>, outer: &Packet) -> Result<(u32, Packet), Reason> {
+fn decapsulate(
+    case: &Case<'_>,
+    outer: &Packet,
+    opened: &mut Option<Packet>,
+) -> Result<(u32, Packet), Reason> {
     let (header, frame) = outer.datagram().split_at_checked(8).ok_or(Reason::VxlanMalformed)?;
     if header[0] & 0x08 == 0 {
         return Err(Reason::VxlanFlags);
@@ -90,6 +113,7 @@ fn decapsulate(case: &Case<'_>, outer: &Packet) -> Result<(u32, Packet), Reason>
     // What followed the datagram in the frame follows the inner packet, but is not of it.
     let behind = [&outer.payload[8 + outer.datagram().len()..], &outer.padding].concat();
     let inner = Packet::parse(&[frame, &behind].concat())?;
+    *opened = Some(inner.clone());
     if let (true, Some(reason)) = (case.hasty, inner.obstacle) {
         return Err(reason);
     }
@@ -148,7 +172,9 @@ fn deliver(case: &Case<'_>, arrival: &Arrival) -> Vec<Lawful> {
     // which a frame that is put into the pod's veth never passes.
     let tuple = packet.transport().ok().map(|t| Tuple::of(&packet, &t));
     // Nor do both directions of what is neither TCP nor UDP, of which the stack then knows one only.
-    let stays = tuple.is_none_or(|tuple| case.state.kept_reply(&tuple).is_some());
+    // A fragment may be a part of such a reply, too.
+    let stays = packet.part != Part::Whole
+        || tuple.is_none_or(|tuple| case.state.kept_reply(&tuple).is_some());
     let departure = if pod.delivery != Delivery::Redirect as u16 || stays {
         to_stack(case, arrival, packet)
     } else if packet.hop_limit() <= 1 {
@@ -233,8 +259,8 @@ fn serve(case: &Case<'_>, arrival: &Arrival, transport: &Transport) -> Vec<Lawfu
                 return forward(case, arrival, transport, state, tuple, false);
             }
             Standing::Denied(reason) => return case.stop(Stop { reason, service }),
-            Standing::Ended => state.connections.remove(&tuple),
-        };
+            Standing::Ended => state.end(&tuple),
+        }
     }
     if let Some(request) = state.rewritten_reply(&tuple) {
         return reply(case, arrival, transport, state, request);
@@ -293,13 +319,9 @@ fn forward(
         }
         Ok(departure) => {
             connection.progress.advance(Direction::Forward, transport);
-            let reason = match (arrival.tunnel != 0, connection.forward.is_remote()) {
-                (false, false) => Reason::DnatLocal,
-                (false, true) => Reason::DnatRemote,
-                (true, false) => Reason::DecapDnatLocal,
-                (true, true) => Reason::DecapDnatRemote,
-            };
+            let reason = reason(arrival, connection, Direction::Forward);
             let account = flow(connection, Direction::Forward, new);
+            state.note(Hook::Xdp, &arrival.packet, Fate::Request(key));
             vec![(outcome(departure, reason, account), state)]
         }
     }
@@ -331,8 +353,20 @@ fn reply(
         Ok(departure) => {
             connection.progress.advance(Direction::Reply, transport);
             let account = flow(connection, Direction::Reply, false);
+            state.note(Hook::Xdp, &arrival.packet, Fate::Reply(key));
             vec![(outcome(departure, Reason::ReplyRemote, account), state)]
         }
+    }
+}
+
+/// What a translated packet is counted as.
+pub fn reason(arrival: &Arrival, connection: &Connection, direction: Direction) -> Reason {
+    match (direction, arrival.tunnel != 0, connection.forward.is_remote()) {
+        (Direction::Reply, ..) => Reason::ReplyRemote,
+        (Direction::Forward, false, false) => Reason::DnatLocal,
+        (Direction::Forward, false, true) => Reason::DnatRemote,
+        (Direction::Forward, true, false) => Reason::DecapDnatLocal,
+        (Direction::Forward, true, true) => Reason::DecapDnatRemote,
     }
 }
 

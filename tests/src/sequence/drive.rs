@@ -198,10 +198,6 @@ impl<'t, T: Twin> Run<'t, T> {
     }
 
     fn frame(&mut self, hook: Hook, ifindex: u32, frame: &[u8]) -> Result<(), Failure> {
-        // The model knows no fragments: tests/src/fixtures/fragments.rs and tests/tests/fragments.rs do.
-        if sluice_model::has_fragment(frame) {
-            return Ok(());
-        }
         let ran = self.host.run(hook, ifindex, frame, HEAD_ROOM);
         let seen = Seen {
             action: action(ran.verdict.action),

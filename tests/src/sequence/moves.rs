@@ -236,6 +236,8 @@ pub struct Shape {
 /// What may be odd about a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Odd {
+    /// A fragment of it: which packet, and which part by [`PIECES`].
+    Piece(u8, u8),
     /// TCP sequence and acknowledgement numbers, by so much further.
     Numbers(u32, u32),
     /// DSCP and ECN.
@@ -273,6 +275,10 @@ pub enum Odd {
     /// More VLAN tags than are followed.
     Tags,
 }
+
+/// Parts of a packet of 101 bytes of payload: bytes behind the IP header.
+const PIECES: [std::ops::Range<usize>; 10] =
+    [0..40, 0..64, 0..24, 0..16, 0..8, 40..64, 64..usize::MAX, 24..64, 8..40, 0..usize::MAX];
 
 /// What may be odd about a tunnel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -534,6 +540,11 @@ impl Odd {
     /// What the packet's description can hold.
     fn describe(self, packet: &mut Packet) {
         match self {
+            Odd::Piece(id, which) => {
+                packet.payload = (0..101).collect();
+                let piece = PIECES[usize::from(which) % PIECES.len()].clone();
+                *packet = packet.clone().piece(0x00c0_ff00 + u32::from(id), piece);
+            }
             Odd::Numbers(seq, ack) => {
                 packet.seq = packet.seq.wrapping_add(seq);
                 packet.ack = packet.ack.wrapping_add(ack);
@@ -591,6 +602,7 @@ impl Odd {
 /// Where the transport checksum of a packet stands in its frame.
 fn checksum_at(packet: &Packet) -> usize {
     let extensions: usize = packet.extensions.iter().map(|(_, bytes)| bytes.len()).sum();
+    let extensions = extensions + if packet.piece.is_some() { 8 } else { 0 };
     let options = match packet.family() {
         Family::V4 => packet.ip_options.len(),
         Family::V6 => extensions,
@@ -1001,6 +1013,15 @@ fn shape() -> impl Strategy<Value = Shape> {
         })
 }
 
+/// A fragment, and nothing else that is odd about it.
+fn piece() -> impl Strategy<Value = Shape> {
+    let which = prop_oneof![6 => 0u8..3, 1 => 3u8..5, 6 => 5u8..8, 1 => 8u8..10];
+    (0u8..2, which, prop::option::weighted(0.2, odd())).prop_map(|(id, which, odd)| Shape {
+        odd: [Some(Odd::Piece(id, which)), odd].into_iter().flatten().collect(),
+        ..Shape::default()
+    })
+}
+
 fn way() -> impl Strategy<Value = Way> {
     let uplinks = prop::sample::select(&[dev::UPLINK, dev::UPLINK_B][..]);
     let interfaces = || {
@@ -1028,7 +1049,8 @@ fn change() -> impl Strategy<Value = Change> {
 }
 
 fn step() -> impl Strategy<Value = Move> {
-    let request = (client(), 0u8..16, to(), family(), proto(), shape()).prop_map(
+    let shapes = || prop_oneof![5 => shape(), 1 => piece()];
+    let request = (client(), 0u8..16, to(), family(), proto(), shapes()).prop_map(
         |(client, port, to, family, proto, shape)| Move::Request {
             client,
             port,
@@ -1038,9 +1060,10 @@ fn step() -> impl Strategy<Value = Move> {
             shape,
         },
     );
-    let again = (any::<u8>(), shape()).prop_map(|(of, shape)| Move::Again { of, shape });
+    let again = (any::<u8>(), prop_oneof![3 => shape(), 1 => piece()])
+        .prop_map(|(of, shape)| Move::Again { of, shape });
     let answer =
-        (any::<u8>(), way(), shape()).prop_map(|(of, way, shape)| Move::Answer { of, way, shape });
+        (any::<u8>(), way(), shapes()).prop_map(|(of, way, shape)| Move::Answer { of, way, shape });
     let change = (change(), prop::bool::weighted(0.7))
         .prop_map(|(change, announced)| Move::Change { change, announced });
     let error = (

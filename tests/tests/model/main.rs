@@ -73,7 +73,7 @@ fn packets_in_sequence_are_lawful_on_host_and_kernel() {
 }
 
 /// Reasons that no sequence leads to, and why.
-const ELSEWHERE: [(&str, &str); 10] = [
+const ELSEWHERE: [(&str, &str); 8] = [
     ("head_room", "the driver's doing"),
     ("no_metadata", "the driver's doing"),
     ("flow_changed", "another CPU's doing"),
@@ -82,8 +82,6 @@ const ELSEWHERE: [(&str, &str); 10] = [
     ("not_linear", "takes a frame in several buffers"),
     ("jumbogram", "a header that is not drawn"),
     ("no_lane", "takes a program that is not in its place"),
-    ("fragment", "fragments are left out"),
-    ("fragment_orphan", "fragments are left out"),
 ];
 
 /// A property test that never gets where it matters cannot fail.

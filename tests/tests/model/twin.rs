@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::DerefMut;
 
 use sluice_abi::{
-    ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Hook, REASONS, ReasonCounter, SnatSlot,
+    ExitKind, FLOW_WAYS, FlowRecord, FlowSet, Fragment, Hook, REASONS, ReasonCounter, SnatSlot,
 };
 use sluice_datapath::verdict::Action;
 use sluice_tests::host::{Host, HostRan};
@@ -94,6 +94,11 @@ impl<K: DerefMut<Target = Kernel>> Loaded<K> {
                 differences.push(format!("SNAT {index}: {:?}", (self.kernel.snat(index), slot)));
             }
             self.kernel.set_snat(index, SnatSlot::FREE);
+        }
+        for (index, note) in (0u32..).zip(host.fragments()) {
+            if note != Fragment::default() {
+                self.kernel.write(sluice_abi::maps::FRAGMENT, index, Fragment::default());
+            }
         }
         if differences.is_empty() { Ok(()) } else { Err(told_apart(&differences)) }
     }

@@ -289,9 +289,12 @@ fn deliver<'e, P: Form, E: Env>(
 ) -> Step<Departure<'e>> {
     // What TC translates back at the pod's interface must pass there; redirected frames do not.
     let frames = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16;
-    if frames && !P::GENERAL && packet.ip.opaque == Some(Reason::IpOptions) {
+    if let Some(reason) = packet.ip.opaque
+        && frames
+        && !P::GENERAL
+    {
         // Whether it is such a reply is told by ports that this form does not reach.
-        return Err(Reason::IpOptions.into());
+        return Err(reason.into());
     }
     // A fragment may be a part of such a reply, too.
     let redirect = frames
