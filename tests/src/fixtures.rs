@@ -19,6 +19,7 @@ mod answers;
 mod broken;
 mod fragments;
 mod general;
+mod hairpin;
 mod icmp;
 mod large;
 mod passed;
@@ -284,6 +285,7 @@ pub fn all() -> Vec<Fixture> {
     translated::add(&mut table);
     tunnelled::add(&mut table);
     tc::add(&mut table);
+    hairpin::add(&mut table);
     general::add(&mut table);
     icmp::add(&mut table);
     fragments::add(&mut table);

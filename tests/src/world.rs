@@ -139,6 +139,10 @@ pub mod ip {
     pub const fn vip(f: Family, n: u8) -> Addr {
         addr(f, [198, 51, 100, n], [0x2001, 0xdb8, 0x51, 0, 0, 0, 0, n as u16])
     }
+    /// Nobody: the source of a pod's requests to itself.
+    pub const fn hairpin(f: Family) -> Addr {
+        addr(f, [169, 254, 77, 1], [0xfd53, 0x6c75, 0x6963, 0x6500, 0, 0, 0, 1])
+    }
     /// Nothing that Sluice serves.
     pub const fn elsewhere(f: Family) -> Addr {
         addr(f, [192, 0, 2, 77], [0x2001, 0xdb8, 0x99, 0, 0, 0, 0, 0x77])
@@ -581,6 +585,8 @@ fn settings() -> Settings {
         ticks_per_second: 250,
         node_v4: ip::node(Family::V4),
         node_v6: ip::node(Family::V6),
+        hairpin_v4: ip::hairpin(Family::V4),
+        hairpin_v6: ip::hairpin(Family::V6),
         fail_safe_tcp: fail_safe,
         fail_safe_udp: fail_safe,
         // No test meets a limit that it has not set.

@@ -78,7 +78,7 @@ layouts! {
     }
     Settings {
         flags, epoch, seeds, timeouts, vxlan_ports, snat_first_port, snat_last_port, flow_set_mask,
-        ticks_per_second, node_v4, node_v6, fail_safe_tcp, fail_safe_udp, answers,
+        ticks_per_second, node_v4, node_v6, hairpin_v4, hairpin_v6, fail_safe_tcp, fail_safe_udp, answers,
         snat_reply_first, snat_reply_last, fragment_mask, own_macs
     }
     SnatSlot { 0 }

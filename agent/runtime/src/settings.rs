@@ -1,5 +1,6 @@
 //! The one value that tells the programs what the config and the node are.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use sluice_abi::{
@@ -79,6 +80,9 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
     let earlier = (settings.snat_reply_first, settings.snat_reply_last);
     narrow_replies(settings, (earlier.1 != 0).then_some(earlier));
     settings.ticks_per_second = hz;
+    let hairpin = |addr: Option<IpAddr>| addr.map_or(Addr::NONE, Addr::from);
+    settings.hairpin_v4 = hairpin(config.datapath.hairpin_v4.map(IpAddr::V4));
+    settings.hairpin_v6 = hairpin(config.datapath.hairpin_v6.map(IpAddr::V6));
     settings.answers = Answers {
         source_rate: config.answers.rate_per_source,
         source_burst: config.answers.burst_per_source,

@@ -75,6 +75,7 @@ pub fn decide(
                         source: request.src.0,
                         source_port: None,
                         rewritten: false,
+                        hairpin: false,
                         tunnel: origin.tunnel,
                         forward: Exit::Stack,
                         reply: origin.reply,
@@ -116,8 +117,8 @@ fn nobody(case: &Case<'_>, request: Tuple, origin: &Origin) -> Reason {
 
 /// Who is known by his interface is not forged; from a wire nobody speaks in our pods' names.
 fn is_forged(case: &Case<'_>, request: Tuple, origin: &Origin) -> bool {
-    !origin.own_pod && case.tables.pods.contains_key(&request.src.0)
-        || is_martian(request.src.0, request.dst.0)
+    let ours = |addr| case.tables.pods.contains_key(&addr) || case.tables.is_borrowed(addr);
+    !origin.own_pod && ours(request.src.0) || is_martian(request.src.0, request.dst.0)
 }
 
 /// Whether a packet may begin a connection, and between which backends it chooses.
@@ -213,19 +214,24 @@ fn connect(
 ) -> Decisions {
     let stop = |reason| Err(Stop { reason, service: connection.service });
     let request = connection.request;
-    if request.src.0 == backend.addr {
-        // A pod meets its own address as the source, which its stack does not take.
-        return vec![(state, stop(Reason::Hairpin))];
-    }
     let Some(forward) = exit_to(case, backend, origin) else {
         return vec![(state, stop(Reason::TableBroken))];
     };
     let rewritten = forward.is_remote() && !origin.own_pod;
-    let source = if rewritten { our_source(case, forward, request) } else { Some(request.src.0) };
-    let Some(source) = source else {
-        return vec![(state, stop(Reason::TableBroken))];
+    // A pod would meet its own address as the source, which its stack does not take.
+    let hairpin = !rewritten && request.src.0 == backend.addr;
+    let source = if rewritten {
+        our_source(case, forward, request).ok_or(Reason::TableBroken)
+    } else if hairpin {
+        nobodys_source(case, request).filter(|_| origin.own_pod).ok_or(Reason::Hairpin)
+    } else {
+        Ok(request.src.0)
     };
-    let connection = Connection { source, rewritten, forward, ..connection };
+    let source = match source {
+        Ok(source) => source,
+        Err(reason) => return vec![(state, stop(reason))],
+    };
+    let connection = Connection { source, rewritten, hairpin, forward, ..connection };
     let ports = if rewritten {
         our_ports(case, &state, &connection)
     } else {
@@ -306,6 +312,16 @@ fn our_source(case: &Case<'_>, forward: Exit, request: Tuple) -> Option<Addr> {
     let source = match request.dst.0.family() {
         Family::V4 => v4,
         Family::V6 => v6,
+    };
+    (!source.is_none()).then_some(source)
+}
+
+/// The address that a pod which asks itself is asked from.
+fn nobodys_source(case: &Case<'_>, request: Tuple) -> Option<Addr> {
+    let settings = &case.tables.settings;
+    let source = match request.dst.0.family() {
+        Family::V4 => settings.hairpin_v4,
+        Family::V6 => settings.hairpin_v6,
     };
     (!source.is_none()).then_some(source)
 }

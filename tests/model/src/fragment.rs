@@ -8,7 +8,7 @@ use crate::packet::{Header, Packet, Part};
 use crate::road::{Action, Arrival, Case, Direction, Lawful, Outcome, Stop, leave};
 use crate::state::{Connection, State, Tuple};
 use crate::tables::Tables;
-use crate::tc::way_past_the_stack;
+use crate::tc::{turn_back, way_past_the_stack};
 use crate::xdp::{check_client, check_way, flow, outcome, reason};
 
 /// What fragments of one packet have in common; each hook translates for itself.
@@ -102,7 +102,8 @@ pub fn passed(
     lawful: Vec<Lawful>,
 ) -> Vec<Lawful> {
     let first = matches!(packet.part, Part::First(_));
-    if !first || !is_ours(case.tables, packet.dst()) {
+    let ours = is_ours(case.tables, packet.dst()) || case.tables.is_borrowed(packet.dst());
+    if !first || !ours {
         return lawful;
     }
     let remember = |(outcome, state): Lawful| {
@@ -175,33 +176,41 @@ pub fn at_tc(case: &Case<'_>, hook: Hook, packet: &Packet) -> Vec<Lawful> {
     if from_pod && pod.is_none_or(|pod| pod.ifindex != case.ifindex) {
         return case.stop(Reason::Fragment);
     }
-    let orphan = from_pod && case.tables.is_vip(packet.dst());
-    let follow = |fate| match fate {
-        None if orphan => Err(Reason::FragmentOrphan),
-        None | Some(Fate::Passed) => Err(Reason::Fragment),
-        Some(Fate::Ended) => Err(Reason::FragmentOrphan),
-        Some(Fate::Request(key)) => {
-            let connection = &case.state.connections[&key];
-            Ok(request(connection, packet.clone()))
-        }
-        Some(Fate::Reply(key)) => {
-            let connection = &case.state.connections[&key];
-            reply(case, from_pod, connection, packet.clone()).ok_or(Reason::Fragment)
+    let dst = packet.dst();
+    let orphan = from_pod && (case.tables.is_vip(dst) || case.tables.is_borrowed(dst));
+    let follow = |fate| -> Result<Outcome, Stop> {
+        match fate {
+            None if orphan => Err(Reason::FragmentOrphan.into()),
+            None | Some(Fate::Passed) => Err(Reason::Fragment.into()),
+            Some(Fate::Ended) => Err(Reason::FragmentOrphan.into()),
+            Some(Fate::Request(key)) => {
+                let connection = &case.state.connections[&key];
+                request(case, connection, packet.clone())
+            }
+            Some(Fate::Reply(key)) => {
+                let connection = &case.state.connections[&key];
+                reply(case, from_pod, connection, packet.clone())
+            }
         }
     };
     let fates = case.state.fates(hook, packet);
     let lawful = |fate| match follow(fate) {
         Ok(outcome) => vec![(outcome, case.state.clone())],
-        Err(reason) => case.stop(reason),
+        Err(stop) => case.stop(stop),
     };
     fates.into_iter().flat_map(lawful).collect()
 }
 
-fn request(connection: &Connection, mut packet: Packet) -> Outcome {
+fn request(case: &Case<'_>, connection: &Connection, mut packet: Packet) -> Result<Outcome, Stop> {
+    let mut action = Action::Pass;
+    if connection.hairpin {
+        turn_back(connection, &mut packet)?;
+        action = Action::Redirect(case.ifindex);
+    }
     packet.readdress(connection.source, connection.backend.0);
     let remote = connection.forward.is_remote();
     let reason = if remote { Reason::DnatRemote } else { Reason::DnatLocal };
-    sent(Action::Pass, reason, &packet, connection, Direction::Forward)
+    Ok(sent(action, reason, &packet, connection, Direction::Forward))
 }
 
 fn reply(
@@ -209,17 +218,21 @@ fn reply(
     from_pod: bool,
     connection: &Connection,
     mut packet: Packet,
-) -> Option<Outcome> {
+) -> Result<Outcome, Stop> {
     let mut action = Action::Pass;
-    if from_pod {
-        let (ifindex, dst, src) = way_past_the_stack(case, connection, &packet)?;
+    if connection.hairpin {
+        turn_back(connection, &mut packet)?;
+        action = Action::Redirect(case.ifindex);
+    } else if from_pod {
+        let way = way_past_the_stack(case, connection, &packet);
+        let (ifindex, dst, src) = way.ok_or(Reason::Fragment)?;
         packet.take_hop();
         (packet.eth.dst, packet.eth.src) = (dst, src);
         action = Action::Redirect(ifindex);
     }
     let Tuple { src: client, dst: vip, .. } = connection.request;
     packet.readdress(vip.0, client.0);
-    Some(sent(action, Reason::ReplyLocal, &packet, connection, Direction::Reply))
+    Ok(sent(action, Reason::ReplyLocal, &packet, connection, Direction::Reply))
 }
 
 fn sent(

@@ -206,7 +206,8 @@ fn readdress(packet: &mut Packet, src: Addr, dst: Addr) {
 fn to_backend(packet: &mut Packet, quote: &Quote, connection: &Connection, source_port: u16) {
     let source = (connection.source, source_port);
     quote.translate(packet, connection.backend, source);
-    let src = if connection.rewritten { connection.source } else { packet.src() };
+    let ours = connection.rewritten || connection.hairpin;
+    let src = if ours { connection.source } else { packet.src() };
     readdress(packet, src, connection.backend.0);
 }
 
@@ -385,6 +386,16 @@ fn error_at_pod(case: &Case<'_>, mut packet: Packet, redirect: bool) -> Result<O
         let account = flow(connection, Direction::Reply, false);
         return Ok(sent(Action::Redirect(ifindex), Reason::IcmpError, &packet, account));
     }
+    if let Some(key) = case.state.own_reply(&tuple) {
+        let connection = &case.state.connections[&key];
+        if redirect {
+            return Err(Stop { reason: Reason::IcmpDenied, service: connection.service });
+        }
+        crate::tc::turn_back(connection, &mut packet)?;
+        to_client(&mut packet, &quote, connection);
+        let account = flow(connection, Direction::Reply, false);
+        return Ok(sent(Action::Redirect(case.ifindex), Reason::IcmpError, &packet, account));
+    }
     // As a client, about a reply.
     let connection = case.state.connections.get(&tuple);
     let ours = |c: &&Connection| c.reply == Exit::Stack && !c.rewritten;
@@ -393,9 +404,14 @@ fn error_at_pod(case: &Case<'_>, mut packet: Packet, redirect: bool) -> Result<O
         return Err(Stop { reason: Reason::IcmpDenied, service: connection.service });
     }
     let port = connection.source_port.expect("a source that is kept is known");
+    let mut action = Action::Pass;
+    if connection.hairpin {
+        crate::tc::turn_back(connection, &mut packet)?;
+        action = Action::Redirect(case.ifindex);
+    }
     to_backend(&mut packet, &quote, connection, port);
     let account = flow(connection, Direction::Forward, false);
-    Ok(sent(Action::Pass, Reason::IcmpError, &packet, account))
+    Ok(sent(action, Reason::IcmpError, &packet, account))
 }
 
 /// What is lawful for a message that the stack sends.

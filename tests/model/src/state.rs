@@ -71,6 +71,8 @@ pub struct Connection {
     pub source_port: Option<u16>,
     /// Whether the source is ours (SNAT), not the client's.
     pub rewritten: bool,
+    /// Whether the client is the backend, so that the source is nobody's.
+    pub hairpin: bool,
     /// VTEP index of the tunnel that requests come from, 0 for none.
     pub tunnel: u32,
     /// Where requests leave.
@@ -132,16 +134,23 @@ pub struct State {
 impl State {
     /// The connection whose reply this is, if the client's address was kept.
     pub fn kept_reply(&self, tuple: &Tuple) -> Option<Tuple> {
-        self.reply(tuple, false)
+        self.reply(tuple, false, false)
+    }
+
+    /// The connection of a pod with itself whose reply this is.
+    pub fn own_reply(&self, tuple: &Tuple) -> Option<Tuple> {
+        self.reply(tuple, false, true)
     }
 
     /// The connection whose reply this is, if the source was rewritten.
     pub fn rewritten_reply(&self, tuple: &Tuple) -> Option<Tuple> {
-        self.reply(tuple, true)
+        self.reply(tuple, true, false)
     }
 
-    fn reply(&self, tuple: &Tuple, rewritten: bool) -> Option<Tuple> {
-        let is = |c: &&Connection| c.rewritten == rewritten && c.reply_tuple() == Some(*tuple);
+    fn reply(&self, tuple: &Tuple, rewritten: bool, hairpin: bool) -> Option<Tuple> {
+        let is = |c: &&Connection| {
+            (c.rewritten, c.hairpin) == (rewritten, hairpin) && c.reply_tuple() == Some(*tuple)
+        };
         self.connections.values().find(is).map(|c| c.request)
     }
 

@@ -83,6 +83,12 @@ impl Tables {
         frontend.is_some_and(|f| f.flags & frontend_flags::ADDRESS != 0)
     }
 
+    /// Whether an address is nobody's, and stands for a pod that asks itself.
+    pub fn is_borrowed(&self, addr: Addr) -> bool {
+        let Settings { hairpin_v4, hairpin_v6, .. } = self.settings;
+        !addr.is_none() && [hairpin_v4, hairpin_v6].contains(&addr)
+    }
+
     /// Whether a port is one on which this node itself must stay reachable.
     pub fn is_fail_safe(&self, key: &FrontendKey) -> bool {
         let ours = [self.settings.node_v4, self.settings.node_v6].contains(&key.addr);

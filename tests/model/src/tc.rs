@@ -81,7 +81,8 @@ pub fn ingress(case: &Case<'_>) -> Vec<Lawful> {
         }
         match past_the_stack(case, packet, transport) {
             Some(lawful) => vec![lawful],
-            None => request(case, packet, transport),
+            None => to_itself(case, packet, transport)
+                .unwrap_or_else(|| request(case, packet, transport)),
         }
     };
     open(case, Hook::TcIngress, sends, |packet| icmp::from_pod(case, packet))
@@ -103,6 +104,36 @@ fn past_the_stack(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Op
     let outcome = sent(action, Reason::ReplyLocal, &leaves, connection, Direction::Reply);
     state.note(Hook::TcIngress, packet, Fate::Reply(key));
     Some((outcome, state))
+}
+
+/// The reply of a pod that asked itself.
+fn to_itself(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Option<Vec<Lawful>> {
+    let key = case.state.own_reply(&Tuple::of(packet, transport))?;
+    let mut state = case.state.clone();
+    let connection = state.connections.get_mut(&key)?;
+    let mut leaves = packet.clone();
+    translate_reply(&mut leaves, connection);
+    if let Err(stop) = turn_back(connection, &mut leaves) {
+        return Some(answer::stop_pod(case, packet, stop, state));
+    }
+    connection.progress.advance(Direction::Reply, transport);
+    let action = Action::Redirect(case.ifindex);
+    let outcome = sent(action, Reason::ReplyLocal, &leaves, connection, Direction::Reply);
+    state.note(Hook::TcIngress, packet, Fate::Reply(key));
+    Some(vec![(outcome, state)])
+}
+
+/// Sends back what a pod sends to itself; we are the only router that it meets.
+///
+/// # Errors
+/// `HopLimitExceeded` (drop).
+pub fn turn_back(connection: &Connection, packet: &mut Packet) -> Result<(), Stop> {
+    if packet.hop_limit() <= 1 {
+        return Err(Stop { reason: Reason::HopLimitExceeded, service: connection.service });
+    }
+    packet.take_hop();
+    (packet.eth.dst, packet.eth.src) = (packet.eth.src, packet.eth.dst);
+    Ok(())
 }
 
 /// Interface and Ethernet header of what a backend sends past the stack.
@@ -142,34 +173,43 @@ fn request(case: &Case<'_>, packet: &Packet, transport: &Transport) -> Vec<Lawfu
             if connection.epoch != case.tables.settings.epoch {
                 renew(case, connection, &origin);
             }
-            return vec![forward(packet, transport, state, tuple, false)];
+            return forward(case, packet, transport, state, tuple, false);
         }
         state.end(&tuple);
     }
     let decisions = decide(case, &state, tuple, transport, &origin);
     let send = |(state, answer): (State, Result<(), Stop>)| match answer {
-        Ok(()) => vec![forward(packet, transport, state, tuple, true)],
+        Ok(()) => forward(case, packet, transport, state, tuple, true),
         Err(stop) => answer::stop_pod(case, packet, stop, state),
     };
     decisions.into_iter().flat_map(send).collect()
 }
 
 fn forward(
+    case: &Case<'_>,
     packet: &Packet,
     transport: &Transport,
     mut state: State,
     key: Tuple,
     new: bool,
-) -> Lawful {
+) -> Vec<Lawful> {
+    let before = state.clone();
     let connection = state.connections.get_mut(&key).expect("the connection is there");
     let port = connection.source_port.expect("a source that is kept is known");
     let mut leaves = packet.clone();
     translate_request(&mut leaves, connection, port);
+    let mut action = Action::Pass;
+    if connection.hairpin {
+        if let Err(stop) = turn_back(connection, &mut leaves) {
+            return answer::stop_pod(case, packet, stop, before);
+        }
+        action = Action::Redirect(case.ifindex);
+    }
     connection.progress.advance(Direction::Forward, transport);
     let remote = connection.forward.is_remote();
     let reason = if remote { Reason::DnatRemote } else { Reason::DnatLocal };
     let account = flow(connection, Direction::Forward, new);
     let frame = Some(leaves.bytes());
     state.note(Hook::TcIngress, packet, Fate::Request(key));
-    (Outcome { action: Action::Pass, reason, frame, mark: None, account }, state)
+    vec![(Outcome { action, reason, frame, mark: None, account }, state)]
 }

@@ -354,6 +354,7 @@ fn connection(r: &FlowRecord) -> Connection {
         source: r.source,
         source_port: Some(r.source_port.host()),
         rewritten: r.flags & record_flags::SNAT != 0,
+        hairpin: r.flags & record_flags::HAIRPIN != 0,
         tunnel: r.tunnel,
         forward: exit(&r.forward),
         reply: exit(&r.reply),

@@ -759,6 +759,9 @@ fn from_backend(connection: &Connection, way: Way, packet: Packet, shape: &Shape
         (Way::Wire(ifindex), _) => on_wire(ifindex, packet, shape),
         (Way::Egress(ifindex), _) => tc(Hook::TcEgress, ifindex, packet),
         (Way::Ingress(ifindex), _) => tc(Hook::TcIngress, ifindex, packet),
+        (Way::Right, _) if connection.hairpin => {
+            tc(Hook::TcIngress, pod_of(connection.backend.0), packet)
+        }
         (Way::Right, _) if own_pod => tc(Hook::TcEgress, pod_of(connection.source), packet),
         (Way::Right, Exit::Stack) => tc(Hook::TcEgress, dev::UPLINK, packet),
         (Way::Right, Exit::Frame { ifindex, .. }) => tc(Hook::TcIngress, ifindex, packet),

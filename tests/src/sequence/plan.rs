@@ -43,6 +43,8 @@ pub struct Plan {
     pub bare_tunnel: bool,
     /// DSCP of outer headers; nothing for the inner one's.
     pub outer_dscp: Option<u8>,
+    /// Nobody's address is reserved for pods that ask themselves.
+    pub no_hairpin: bool,
     /// What has been bumped so far.
     pub epoch: u32,
 }
@@ -65,6 +67,9 @@ impl Plan {
             [(self.replace, settings_flags::REPLACE), (self.bypass, settings_flags::BYPASS)]
         {
             settings.flags |= if on { flag } else { 0 };
+        }
+        if self.no_hairpin {
+            (settings.hairpin_v4, settings.hairpin_v6) = (Addr::NONE, Addr::NONE);
         }
         if self.snat_ports != 0 {
             let ports = self.snat_ports.min(size::SNAT_LAST - size::SNAT_FIRST + 1);
@@ -190,11 +195,12 @@ pub fn plan() -> impl Strategy<Value = Plan> {
         prop_oneof![20 => Just(0u8), 1 => 0u8..16],
         rarely(20.0),
         prop_oneof![4 => Just(Some(0)), 1 => prop::option::of(0u8..64)],
+        rarely(15.0),
     );
     (base, services, ways).prop_map(|(base, services, ways)| {
         let (replace, bypass, mtu, redirect_to_stack_pod, stack_to_redirect_pod, affinity) = base;
         let (extents, local) = services;
-        let (unresolved, snat_ports, broken, bare_tunnel, outer_dscp) = ways;
+        let (unresolved, snat_ports, broken, bare_tunnel, outer_dscp, no_hairpin) = ways;
         Plan {
             replace,
             bypass,
@@ -209,6 +215,7 @@ pub fn plan() -> impl Strategy<Value = Plan> {
             broken,
             bare_tunnel,
             outer_dscp,
+            no_hairpin,
             epoch: 0,
         }
     })

@@ -9,6 +9,7 @@ mod bed;
 mod changes;
 mod demo;
 mod fragments;
+mod hairpin;
 mod icmp;
 mod neighbours;
 mod objects;

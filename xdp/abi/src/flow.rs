@@ -65,6 +65,9 @@ pub mod record_flags {
     pub const V6: u16 = 1 << 1;
     /// Decided at TC: the client is a pod of this node, and the kernel routes replies to it.
     pub const FROM_POD: u16 = 1 << 2;
+    /// The client is the backend: the source address is the reserved one of
+    /// [`Settings`](crate::Settings), and both directions go back out of the pod's interface.
+    pub const HAIRPIN: u16 = 1 << 3;
 }
 
 /// What the last step with a packet is.
@@ -150,7 +153,7 @@ pub struct FlowRecord {
     pub seen: u32,
     /// [`flow_state`].
     pub state: u32,
-    /// Source address as the backend sees it; equals `client` without SNAT.
+    /// Source address as the backend sees it; equals `client` without SNAT and hairpin.
     pub source: Addr,
     /// TCP: what the client has acknowledged of the backend's bytes, a little behind. Before the
     /// backend's first reply nothing, then its sequence number.

@@ -108,7 +108,7 @@ reasons! {
     36 Drop HeadRoom "head_room" "the driver left no room for the outer headers";
     37 Drop FlowChanged "flow_changed" "the flow ended while its packet was being translated";
     38 Drop Martian "martian" "source or destination address that no wire may carry";
-    39 Pass Hairpin "hairpin" "a pod's request to a Service that chose the pod itself: left to the kernel";
+    39 Pass Hairpin "hairpin" "a request to a Service that chose its sender, where no address is reserved for that: left to the kernel";
     40 Drop RoutingHeader "routing_header" "IPv6 routing header type 0 (RFC 5095)";
     41 Pass TooManyTags "too_many_tags" "more than two VLAN tags";
     42 Pass ExtensionChain "extension_chain" "more extension headers than are followed, or one that cannot be";

@@ -107,7 +107,7 @@ pub struct OwnMac {
     pub reserved: u16,
 }
 
-/// The one value of `sl_settings_v1` (ARRAY), 344 bytes. Agent writes, programs read.
+/// The one value of `sl_settings_v1` (ARRAY), 376 bytes. Agent writes, programs read.
 #[derive(
     Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -135,6 +135,11 @@ pub struct Settings {
     pub node_v4: Addr,
     /// The same for IPv6.
     pub node_v6: Addr,
+    /// Source of a pod's requests to itself (a Service chose the pod that asks), nobody's own
+    /// address; all zero: such requests are left to the kernel.
+    pub hairpin_v4: Addr,
+    /// The same for IPv6.
+    pub hairpin_v6: Addr,
     /// TCP ports of this node that are never captured; unused places are zero.
     pub fail_safe_tcp: [Be16; 8],
     /// UDP ports of this node that are never captured; unused places are zero.
@@ -153,4 +158,4 @@ pub struct Settings {
     pub own_macs: [OwnMac; MAX_OWN_MACS],
 }
 
-const _: () = assert!(size_of::<Settings>() == 344);
+const _: () = assert!(size_of::<Settings>() == 376);

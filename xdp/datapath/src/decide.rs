@@ -226,14 +226,12 @@ fn decide<E: Env>(
     begin(settings, scratch, env.now());
     choose_backend(env, settings, frontend, scratch, extent).ok_or(Reason::TableBroken)?;
     let client = field!(draft, FlowRecord, client).get();
-    if client == field!(draft, FlowRecord, backend).get() {
-        // The pod would meet its own address as the source, which no stack takes from outside.
-        return Err(Reason::Hairpin);
-    }
     let port = field!(draft, FlowRecord, client_port).get();
     let place = flow::place(env, settings, client, port, key.proto).ok_or(Reason::TableBroken)?;
     if field!(ask, Ask, snat).get() != 0 && way_out(draft) >= ExitKind::Tunnel as u8 {
         rewrite_source(env, settings, draft)?;
+    } else if client == field!(draft, FlowRecord, backend).get() {
+        borrow_source(settings, draft, ask)?;
     }
     compile_checksums(draft);
     let inserted = flow::insert(env, &place, scratch);
@@ -272,7 +270,7 @@ fn nobody<E: Env>(
         Reason::NoService
     } else if !is_asked_here(settings, draft, ask) {
         Reason::OtherHost
-    } else if is_forged(env, draft, ask) {
+    } else if is_forged(env, settings, draft, ask) {
         Reason::Martian
     } else {
         Reason::ClosedPort
@@ -280,12 +278,19 @@ fn nobody<E: Env>(
 }
 
 /// Whether the source cannot be what it says. A pod of this node does not speak to us over the wire:
-/// its requests are decided at TC.
+/// its requests are decided at TC; nor does anybody with the address that pods' requests to
+/// themselves come from.
 #[inline(always)]
-fn is_forged<E: Env>(env: &E, draft: At<'_, FlowRecord>, ask: At<'_, Ask>) -> bool {
+fn is_forged<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    draft: At<'_, FlowRecord>,
+    ask: At<'_, Ask>,
+) -> bool {
     let wire = field!(ask, Ask, snat).get() != 0;
+    let client = field!(draft, FlowRecord, client).get();
     is_martian(&Tuple::of_request(draft))
-        || wire && env.pod(&field!(draft, FlowRecord, client).get()).is_some()
+        || wire && (is_borrowed(settings, &client) || env.pod(&client).is_some())
 }
 
 /// Whether the packet may begin a flow to this frontend, and between which backends it chooses.
@@ -297,7 +302,7 @@ fn admit<E: Env>(
     draft: At<'_, FlowRecord>,
     ask: At<'_, Ask>,
 ) -> Result<Extent, Reason> {
-    if is_forged(env, draft, ask) {
+    if is_forged(env, settings, draft, ask) {
         return Err(Reason::Martian);
     }
     let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
@@ -382,6 +387,39 @@ fn rewrite_source<E: Env>(
     put!(draft, snat, claim.index + 1);
     put!(draft, flags, field!(draft, FlowRecord, flags).get() | record_flags::SNAT);
     Ok(())
+}
+
+/// The backend is the client, a pod of this node. It would meet its own address as the source, which
+/// no stack takes from outside; so it gets one that nobody has, and answers that.
+///
+/// # Errors
+/// `Hairpin` (pass): there is no such address, or the packet came over a wire.
+#[inline(always)]
+fn borrow_source(
+    settings: At<'_, Settings>,
+    draft: At<'_, FlowRecord>,
+    ask: At<'_, Ask>,
+) -> Result<(), Reason> {
+    let flags = field!(draft, FlowRecord, flags).get();
+    let source = if flags & record_flags::V6 != 0 {
+        field!(settings, Settings, hairpin_v6)
+    } else {
+        field!(settings, Settings, hairpin_v4)
+    };
+    if source.get().is_none() || field!(ask, Ask, snat).get() != 0 {
+        return Err(Reason::Hairpin);
+    }
+    field!(draft, FlowRecord, source).copy_from(source);
+    put!(draft, flags, flags | record_flags::HAIRPIN);
+    Ok(())
+}
+
+/// Whether an address is the one that stands for a pod which asks itself.
+#[inline(always)]
+pub fn is_borrowed(settings: At<'_, Settings>, addr: &Addr) -> bool {
+    !addr.is_none()
+        && (field!(settings, Settings, hairpin_v4).get() == *addr
+            || field!(settings, Settings, hairpin_v6).get() == *addr)
 }
 
 /// Changes the owner of SNAT slot `index_plus_one`, if it still is `old`'s.

@@ -474,7 +474,7 @@ fn is_same_request(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> bool {
 fn port_taken(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> u32 {
     let port = field!(r, FlowRecord, source_port).get().host();
     let differs = port ^ field!(new, FlowRecord, client_port).get().host();
-    let same = field!(r, FlowRecord, source).get() == field!(new, FlowRecord, client).get()
+    let same = field!(r, FlowRecord, source).get() == field!(new, FlowRecord, source).get()
         && field!(r, FlowRecord, backend).get() == field!(new, FlowRecord, backend).get()
         && field!(r, FlowRecord, backend_port).get() == field!(new, FlowRecord, backend_port).get()
         && field!(r, FlowRecord, proto).get() == field!(new, FlowRecord, proto).get()

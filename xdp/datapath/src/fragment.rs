@@ -9,6 +9,7 @@
 //! it is addressed to us, and overlaps are the receiver's to judge (RFC 5722).
 
 use crate::access::At;
+use crate::decide;
 use crate::env::Env;
 use crate::field;
 use crate::flow::{self, Found};
@@ -96,9 +97,9 @@ pub fn note_passed<E: Env>(env: &E, hook: Hook) {
 pub fn write<E: Env>(env: &E) -> Option<()> {
     let (settings, scratch) = (env.settings()?, env.scratch()?);
     let draft = draft!(scratch);
-    if field!(draft, Fragment, fate).get() == fragment_fate::PASS
-        && !is_ours(env, &field!(draft, Fragment, dst).get())
-    {
+    let dst = field!(draft, Fragment, dst).get();
+    let passes = field!(draft, Fragment, fate).get() == fragment_fate::PASS;
+    if passes && !is_ours(env, &dst) && !decide::is_borrowed(settings, &dst) {
         // What is not ours passes anyway.
         return None;
     }

@@ -471,10 +471,11 @@ fn from_pod<E: Env>(
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     let quote = stash_quote(env, scratch, &packet, &message)?;
     let tuple = decide::stashed(scratch);
-    let place = flow::place(env, settings, tuple.dst, tuple.dst_port, tuple.proto)
+    let client = tc::answered(settings, &packet);
+    let place = flow::place(env, settings, client, tuple.dst_port, tuple.proto)
         .ok_or(Reason::TableBroken)?;
     if let Some(found) = flow::find_reply(&place, &tuple) {
-        return short_cut(env, &packet, &message, &quote, &found);
+        return short_cut(env, &packet, &message, &quote, &found, ifindex);
     }
     let tuple = decide::stashed(scratch);
     let place = flow::place(env, settings, tuple.src, tuple.src_port, tuple.proto)
@@ -488,8 +489,31 @@ fn from_pod<E: Env>(
     if message.kind == Kind::Redirect {
         return Err(Stop { reason: Reason::IcmpDenied, service: owner.service });
     }
+    if tc::is_hairpin(r) {
+        return go_back(&packet, &message, &quote, &Rewrite::request(r), &found, owner, ifindex);
+    }
     translate(&packet, &message, &quote, &Rewrite::request(r), true, false);
     finish(&found, owner, Action::Pass)
+}
+
+/// An error about a connection of a pod with itself.
+#[inline(always)]
+fn go_back(
+    packet: &Located<'_>,
+    message: &Message<'_>,
+    quote: &Quote<'_>,
+    rewrite: &Rewrite<'_>,
+    found: &Found<'_>,
+    owner: Owner,
+    ifindex: u32,
+) -> Step<Verdict> {
+    if packet.ip.hop_limit <= 1 {
+        // Nobody is told of the end of an error (RFC 1122 section 3.2.2).
+        return Err(Stop { reason: Reason::HopLimitExceeded, service: owner.service });
+    }
+    tc::turn(packet);
+    translate(packet, message, quote, rewrite, false, true);
+    finish(found, owner, Action::Redirect(ifindex))
 }
 
 /// What a backend says about a request that XDP put into its veth leaves as its replies do.
@@ -500,11 +524,15 @@ fn short_cut<E: Env>(
     message: &Message<'_>,
     quote: &Quote<'_>,
     found: &Found<'_>,
+    ifindex: u32,
 ) -> Step<Verdict> {
     let r = found.record;
     let owner = tc::owner(r, Direction::Reply, false);
     if message.kind == Kind::Redirect {
         return Err(Stop { reason: Reason::IcmpDenied, service: owner.service });
+    }
+    if tc::is_hairpin(r) {
+        return go_back(packet, message, quote, &Rewrite::reply(r), found, owner, ifindex);
     }
     let way = tc::reply_way(env, field!(r, FlowRecord, reply));
     let tags = field!(r, FlowRecord, reply_tags).element(0).get() != Be32::new(0);
@@ -749,10 +777,7 @@ fn echo_at_pod<E: Env>(
     check_echo(env, settings, packet)?;
     pay(env, packet.ip.l3.src())?;
     write_echo(packet, message);
-    let eth = packet.outer;
-    let (dst, src) = (field!(eth, Ethernet, dst).get(), field!(eth, Ethernet, src).get());
-    field!(eth, Ethernet, dst).set(src);
-    field!(eth, Ethernet, src).set(dst);
+    tc::turn(packet);
     let (reason, owner) = (Reason::EchoReply, Owner::NONE);
     Ok(Verdict { action: Action::Redirect(ifindex), reason, owner })
 }

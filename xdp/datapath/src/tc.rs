@@ -23,8 +23,8 @@ use crate::replay::{self, Located, Rewrite};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::Ethernet;
 use sluice_abi::{
-    Be32, Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, VerdictKind, Vtep,
-    fragment_fate, record_flags, settings_flags,
+    Addr, Be32, Exit, ExitKind, FlowRecord, Hook, Mac, Pod, Reason, Scratch, Settings, VerdictKind,
+    Vtep, fragment_fate, record_flags, settings_flags,
 };
 
 /// A translation whose transport checksum is still to be written through the frame.
@@ -173,14 +173,14 @@ fn from_pod<'e, P: Form, E: Env>(
     }
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     decide::stash(scratch, &packet.ip, &transport);
-    match short_cut::<P, E>(env, settings, scratch, &packet, &transport)? {
+    match short_cut::<P, E>(env, settings, scratch, &packet, &transport, ifindex)? {
         Some(pending) => Ok(pending),
-        None => pod_request::<P, E>(env, settings, scratch, view, &packet, &transport),
+        None => pod_request::<P, E>(env, settings, scratch, view, &packet, &transport, ifindex),
     }
 }
 
 /// The reply to a request that XDP put into this pod's veth leaves the way that was decided for
-/// it, past the stack.
+/// it, past the stack; one that the pod sends to itself goes back to it.
 #[inline(always)]
 fn short_cut<'e, P: Form, E: Env>(
     env: &'e E,
@@ -188,21 +188,30 @@ fn short_cut<'e, P: Form, E: Env>(
     scratch: At<'e, Scratch>,
     packet: &Located<'_>,
     transport: &Transport<'_>,
+    ifindex: u32,
 ) -> Step<Option<Pending<'e>>> {
-    let place = flow::place(env, settings, packet.ip.l3.dst(), transport.dst, packet.ip.proto)
+    let client = answered(settings, packet);
+    let place = flow::place(env, settings, client, transport.dst, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
     let Some(found) = flow::find_reply(&place, &decide::stashed(scratch)) else {
         return Ok(None);
     };
     let r = found.record;
-    let Some((ifindex, dst_mac, src_mac)) = reply_way(env, field!(r, FlowRecord, reply)) else {
-        return Ok(None);
+    let out = if is_hairpin(r) {
+        check_hop(scratch, packet, r)?;
+        turn(packet);
+        ifindex
+    } else {
+        let Some((out, dst_mac, src_mac)) = reply_way(env, field!(r, FlowRecord, reply)) else {
+            return Ok(None);
+        };
+        if !skips_the_stack(r, packet) {
+            return Ok(None);
+        }
+        field!(packet.eth, Ethernet, dst).copy_from(dst_mac);
+        field!(packet.eth, Ethernet, src).copy_from(src_mac);
+        out
     };
-    if !skips_the_stack(r, packet) {
-        return Ok(None);
-    }
-    field!(packet.eth, Ethernet, dst).copy_from(dst_mac);
-    field!(packet.eth, Ethernet, src).copy_from(src_mac);
     let rewrite = Rewrite::reply(r);
     rewrite.write(&packet.ip, transport, true);
     replay::touch(env, settings, scratch, &found, transport.flags, true);
@@ -213,10 +222,48 @@ fn short_cut<'e, P: Form, E: Env>(
     if parse::is_first_fragment::<P, E>(env) {
         fragment::note(env, scratch, Hook::TcIngress, &found, true);
     }
-    let action = Action::Redirect(ifindex);
+    let action = Action::Redirect(out);
     let verdict = Verdict { action, reason: Reason::ReplyLocal, owner };
     let (proto, l4) = (packet.ip.proto, l4(packet));
     Ok(Some(Pending { rewrite, proto, l4, verdict }))
+}
+
+/// The client whose connections' replies a pod's packet may be among: its destination, or the pod
+/// itself, if the destination stands for a pod that asks itself.
+#[inline(always)]
+pub(crate) fn answered(settings: At<'_, Settings>, packet: &Located<'_>) -> Addr {
+    let dst = packet.ip.l3.dst();
+    if decide::is_borrowed(settings, &dst) { packet.ip.l3.src() } else { dst }
+}
+
+/// Whether a record's client is its backend.
+#[inline(always)]
+pub(crate) fn is_hairpin(r: At<'_, FlowRecord>) -> bool {
+    field!(r, FlowRecord, flags).get() & record_flags::HAIRPIN != 0
+}
+
+/// Addresses a frame to whom it came from.
+#[inline(always)]
+pub(crate) fn turn(packet: &Located<'_>) {
+    let eth = packet.outer;
+    let (dst, src) = (field!(eth, Ethernet, dst).get(), field!(eth, Ethernet, src).get());
+    field!(eth, Ethernet, dst).set(src);
+    field!(eth, Ethernet, src).set(dst);
+}
+
+/// A packet that the pod sends to itself meets no router but us.
+///
+/// # Errors
+/// `HopLimitExceeded` (drop), with a note for the answer.
+#[inline(always)]
+fn check_hop(scratch: At<'_, Scratch>, packet: &Located<'_>, r: At<'_, FlowRecord>) -> Step<()> {
+    if packet.ip.hop_limit > 1 {
+        return Ok(());
+    }
+    let service = field!(r, FlowRecord, service).get();
+    let stop = Stop { reason: Reason::HopLimitExceeded, service };
+    answer::note(scratch, packet, 0, stop);
+    Err(stop)
 }
 
 /// Whether a reply skips the stack: its request did. What has tags, or is to get some, is the
@@ -266,7 +313,8 @@ pub(crate) fn is_ours<E: Env>(env: &E, found: &Found<'_>, tcp_flags: u8) -> bool
         && !flow::begins_anew(env, r, tcp_flags)
 }
 
-/// A pod's request to a Service: translated here, routed by the kernel.
+/// A pod's request to a Service: translated here, routed by the kernel unless the pod is to answer
+/// itself.
 #[inline(always)]
 fn pod_request<'e, P: Form, E: Env>(
     env: &'e E,
@@ -275,6 +323,7 @@ fn pod_request<'e, P: Form, E: Env>(
     frame: View<'_>,
     packet: &Located<'_>,
     transport: &Transport<'_>,
+    ifindex: u32,
 ) -> Step<Pending<'e>> {
     let place = flow::place(env, settings, packet.ip.l3.src(), transport.src, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
@@ -306,8 +355,14 @@ fn pod_request<'e, P: Form, E: Env>(
         },
     };
     let found = &decided.found;
+    let mut action = Action::Pass;
+    if is_hairpin(found.record) {
+        check_hop(scratch, packet, found.record)?;
+        turn(packet);
+        action = Action::Redirect(ifindex);
+    }
     let rewrite = Rewrite::request(found.record);
-    rewrite.write(&packet.ip, transport, false);
+    rewrite.write(&packet.ip, transport, action != Action::Pass);
     replay::touch(env, settings, scratch, found, transport.flags, false);
     let owner = owner(found.record, Direction::Forward, decided.new);
     if !found.is_still_there() {
@@ -319,7 +374,7 @@ fn pod_request<'e, P: Form, E: Env>(
     let forward = way_kind(field!(found.record, FlowRecord, forward));
     let reason =
         if forward >= ExitKind::Tunnel as u8 { Reason::DnatRemote } else { Reason::DnatLocal };
-    let verdict = Verdict { action: Action::Pass, reason, owner };
+    let verdict = Verdict { action, reason, owner };
     let (proto, l4) = (packet.ip.proto, l4(packet));
     Ok(Pending { rewrite, proto, l4, verdict })
 }
@@ -378,15 +433,16 @@ fn follow<E: Env>(
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     let fate = fragment::find(env, settings, scratch, hook);
     if fate != fragment_fate::REQUEST && fate != fragment_fate::REPLY {
-        let orphan =
-            from_pod && fate == fragment_fate::NONE && fragment::is_vip(env, &packet.ip.l3.dst());
+        let dst = packet.ip.l3.dst();
+        let ours = fragment::is_vip(env, &dst) || decide::is_borrowed(settings, &dst);
+        let orphan = from_pod && fate == fragment_fate::NONE && ours;
         return Err(if orphan { Reason::FragmentOrphan } else { Reason::Fragment }.into());
     }
     let is_reply = fate == fragment_fate::REPLY;
     let Some(found) = fragment::record(env, scratch, is_reply) else {
         return Err(Reason::FragmentOrphan.into());
     };
-    translate_later(env, &packet, &found, is_reply, from_pod)
+    translate_later(env, &packet, &found, is_reply, from_pod, ifindex)
 }
 
 /// Whether the packet came from the pod whose address it carries.
@@ -403,6 +459,7 @@ fn translate_later<E: Env>(
     found: &Found<'_>,
     is_reply: bool,
     from_pod: bool,
+    ifindex: u32,
 ) -> Step<Followed> {
     let r = found.record;
     let direction = if is_reply { Direction::Reply } else { Direction::Forward };
@@ -416,7 +473,13 @@ fn translate_later<E: Env>(
         (Reason::DnatLocal, Rewrite::request(r))
     };
     let mut action = Action::Pass;
-    if is_reply && from_pod {
+    if is_hairpin(r) {
+        if packet.ip.hop_limit <= 1 {
+            return Err(Stop { reason: Reason::HopLimitExceeded, service: owner.service });
+        }
+        turn(packet);
+        action = Action::Redirect(ifindex);
+    } else if is_reply && from_pod {
         let way = reply_way(env, field!(r, FlowRecord, reply));
         let Some((ifindex, dst_mac, src_mac)) = way else { return Err(Reason::Fragment.into()) };
         if !skips_the_stack(r, packet) {

@@ -1,5 +1,6 @@
 //! What no single value shows: ranges, and what must fit to each other.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ impl Config {
     /// The first one that does not fit.
     pub(super) fn check(&self, path: &Path) -> Result<(), ConfigError> {
         self.check_ports()
+            .and_then(|()| self.check_hairpin())
             .and_then(|()| self.check_answers())
             .and_then(|()| self.check_maps())
             .and_then(|()| self.check_changes())
@@ -72,6 +74,24 @@ impl Config {
                     value,
                     "a port between snat.first_port and snat.last_port",
                     "move the SNAT ports: what comes to them is taken for a reply",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn check_hairpin(&self) -> Fits {
+        let datapath = &self.datapath;
+        let v4 = datapath.hairpin_v4.map(IpAddr::V4).map(|addr| ("datapath.hairpin_v4", addr));
+        let v6 = datapath.hairpin_v6.map(IpAddr::V6).map(|addr| ("datapath.hairpin_v6", addr));
+        for (key, addr) in v4.into_iter().chain(v6) {
+            let link_local = matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
+            if addr.is_unspecified() || addr.is_loopback() || addr.is_multicast() || link_local {
+                return misfit(
+                    key,
+                    addr,
+                    "no address that a pod would answer by its default route",
+                    "write one that nobody has, such as 169.254.77.1 or fd53:6c75:6963:6500::1",
                 );
             }
         }

@@ -9,6 +9,7 @@ mod check;
 mod values;
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use sluice_control::model::OuterDscp;
 
-use values::duration;
+use values::{address, duration};
 
 pub use values::{Pattern, ServiceName};
 
@@ -172,6 +173,12 @@ pub struct Datapath {
     pub delivery: DeliveryChoice,
     /// DSCP of what is tunnelled.
     pub outer_dscp: OuterDscp,
+    /// Source of a pod's requests to itself.
+    #[serde(deserialize_with = "address")]
+    pub hairpin_v4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    #[serde(deserialize_with = "address")]
+    pub hairpin_v6: Option<Ipv6Addr>,
     /// Features of devices that stand in the way of XDP may be switched.
     pub change_device_features: bool,
     /// Overrides for single interfaces, by name.
@@ -524,6 +531,8 @@ mod tests {
             ("[datapath]\nuplinks = ['[']", ["[", "shell"]),
             ("[datapath]\nouter_dscp = 64", ["64", "inherit"]),
             ("[datapath]\nouter_dscp = 'high'", ["high", "0 to 63"]),
+            ("[datapath]\nhairpin_v4 = 'fd00::1'", ["fd00::1", "IPv4"]),
+            ("[datapath]\nhairpin_v6 = 'fe80::1'", ["datapath.hairpin_v6", "nobody has"]),
             ("[snat]\nfirst_port = 40000\nlast_port = 300", ["40000", "16384"]),
             ("[answers]\nrate_per_cpu = 0", ["answers.rate_per_cpu = 0", "enabled = false"]),
             ("[answers]\nburst_per_cpu = 70000", ["burst_per_cpu = 70000", "u16"]),

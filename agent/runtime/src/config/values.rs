@@ -1,5 +1,7 @@
 //! Values with a form of their own.
 
+use std::fmt::Display;
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
@@ -78,4 +80,18 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Dur
             "{text:?} is no duration ({e}); write a number with a unit, such as \"30s\", \"5m\", \"1h30m\""
         ))
     })
+}
+
+/// An address of one family, or nothing for an empty text.
+pub(super) fn address<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let parsed = text.parse().map(Some);
+    parsed.map_err(|e| serde::de::Error::custom(format!("{text:?} does not fit: {e}")))
 }
