@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, Hook, LANES, Lane, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings,
-    SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    FrontendKey, Hook, LANES, Lane, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
+    Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_datapath::access::{At, Frame};
 use sluice_datapath::csum::{Sum, update, update_udp};
@@ -75,6 +75,8 @@ pub struct Host {
     pods: Hash<Addr, Pod>,
     vteps: Table<Vtep>,
     vtep_sources: Hash<VtepKey, u32>,
+    near: Table<Near>,
+    lookups: Table<u32>,
     tunnels: Table<Tunnel>,
     next_hops: Table<NextHop>,
     flows: Table<FlowSet>,
@@ -123,6 +125,8 @@ impl Host {
             pods: Hash::new(&world.pods),
             vteps: Table::new(&world.vteps, size::VTEPS, Vtep::default()),
             vtep_sources: Hash::new(&world.vtep_sources),
+            near: Table::new(&[], 1, Near::default()),
+            lookups: Table::new(&[1], 1, 0),
             tunnels: Table::new(&world.tunnels, sluice_abi::MAX_TUNNELS, Tunnel::default()),
             next_hops: Table::new(&world.next_hops, size::NEXT_HOPS, NextHop::default()),
             flows: Table::new(&[], sets, FlowSet::default()),
@@ -197,6 +201,7 @@ impl Host {
         self.pods = Hash::new(&world.pods);
         self.vteps.fill(&world.vteps, Vtep::default());
         self.vtep_sources = Hash::new(&world.vtep_sources);
+        self.lookups.0[0].set(self.lookups.0[0].get() + 1);
         self.tunnels.fill(&world.tunnels, Tunnel::default());
         self.next_hops.fill(&world.next_hops, NextHop::default());
     }
@@ -308,6 +313,12 @@ impl Env for Host {
     }
     fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>> {
         self.unlocked().vtep_sources.at(key)
+    }
+    fn near(&self) -> Option<At<'_, Near>> {
+        self.unlocked().near.at(0)
+    }
+    fn lookups(&self) -> Option<At<'_, u32>> {
+        self.unlocked().lookups.at(0)
     }
     fn tunnel(&self, index: u32) -> Option<At<'_, Tunnel>> {
         self.unlocked().tunnels.at(index)

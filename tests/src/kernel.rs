@@ -79,6 +79,7 @@ pub struct Kernel {
     ebpf: Ebpf,
     flow_sets: u32,
     filled: Option<World>,
+    lookups: u32,
 }
 
 impl Kernel {
@@ -111,7 +112,7 @@ impl Kernel {
             loaded.unwrap_or_else(|e| panic!("{name} does not load: {e:?}"));
         }
         sluice::attach::fill_lanes(&mut ebpf).expect("the lanes' programs");
-        Self { ebpf, flow_sets, filled: None }
+        Self { ebpf, flow_sets, filled: None, lookups: 0 }
     }
 
     /// Fills the tables from `world` and forgets every connection and every count.
@@ -136,6 +137,8 @@ impl Kernel {
         self.write_hash(maps::FRONTEND, &world.frontends, old.map(|o| &o.frontends));
         self.write_hash(maps::POD, &world.pods, old.map(|o| &o.pods));
         self.write_hash(maps::VTEP_SOURCE, &world.vtep_sources, old.map(|o| &o.vtep_sources));
+        self.lookups += 1;
+        self.write_array(maps::LOOKUPS, &[self.lookups], None);
         self.write_array(maps::MAGLEV, &world.maglev, old.map(|o| &o.maglev[..]));
         self.write_array(maps::BACKEND, &world.backends, old.map(|o| &o.backends[..]));
         self.write_array(maps::VTEP, &world.vteps, old.map(|o| &o.vteps[..]));

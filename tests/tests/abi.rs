@@ -11,8 +11,8 @@ use sluice::attach::without_frags;
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Answers, Ask, Backend, BackendCounter, Be16, Be32, Bucket,
     Exit, Extent, FlowRecord, FlowSet, Fragment, Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac,
-    NextHop, OwnMac, Pod, PodNet, ReasonCounter, Scratch, Seeds, ServiceCounter, Settings,
-    SnatSlot, Stopped, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Near, NearPod, NearSource, NextHop, OwnMac, Pod, PodNet, ReasonCounter, Scratch, Seeds,
+    ServiceCounter, Settings, SnatSlot, Stopped, Timeouts, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -66,6 +66,9 @@ layouts! {
         service, flags, external, internal, affinity_seconds, reserved, reserved2
     }
     FrontendKey { addr, port, proto, reserved }
+    Near { sources, pods }
+    NearPod { addr, generation, is_pod, pod }
+    NearSource { source, vni, generation, index, reserved }
     NextHop { ifindex, mtu, dst_mac, src_mac, reserved }
     OwnMac { ifindex, mac, reserved }
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }
@@ -97,7 +100,7 @@ layouts! {
 /// Name of the map; key; value; whether user space maps it into its memory; entries by default.
 type MapRow = (&'static str, &'static str, &'static str, bool, u32);
 
-const MAPS: [MapRow; 22] = [
+const MAPS: [MapRow; 24] = [
     (maps::SETTINGS, "u32", "Settings", false, 1),
     (maps::FRONTEND, "FrontendKey", "Frontend", false, maps::DEFAULT_FRONTENDS),
     (maps::MAGLEV, "u32", "u32", true, maps::DEFAULT_MAGLEV),
@@ -120,6 +123,8 @@ const MAPS: [MapRow; 22] = [
     (maps::BUCKET, "u32", "Bucket", false, Bucket::SOURCES),
     (maps::BUCKET_CPU, "u32", "Bucket", false, 1),
     (maps::FRAGMENT, "u32", "Fragment", false, maps::DEFAULT_FRAGMENTS),
+    (maps::NEAR, "u32", "Near", false, 1),
+    (maps::LOOKUPS, "u32", "u32", false, 1),
 ];
 
 #[test]

@@ -15,6 +15,7 @@ pub struct KernelStore {
     pods: HashTable<Addr, Pod>,
     vteps: ArrayTable<Vtep>,
     vtep_sources: HashTable<VtepKey, u32>,
+    lookups: ArrayTable<u32>,
     tunnels: ArrayTable<Tunnel>,
     nexthops: ArrayTable<NextHop>,
     counters: Counters,
@@ -45,17 +46,27 @@ impl KernelStore {
     /// # Errors
     /// When one is missing or has another shape.
     pub fn open(pins: &Pins) -> Result<Self, MapsError> {
-        Ok(Self {
+        let mut store = Self {
             frontends: pins.frontends()?,
             maglev: pins.maglev()?,
             backends: pins.backends()?,
             pods: pins.pods()?,
             vteps: pins.vteps()?,
             vtep_sources: pins.vtep_sources()?,
+            lookups: pins.lookups()?,
             tunnels: pins.tunnels()?,
             nexthops: pins.nexthops()?,
             counters: pins.counters()?,
-        })
+        };
+        // An agent before this one may have died between a change and its announcement.
+        store.forget_lookups()?;
+        Ok(store)
+    }
+
+    /// Tells the programs that what they remember of pods and tunnel ends may be wrong.
+    fn forget_lookups(&mut self) -> Result<(), MapsError> {
+        let next = self.lookups.read(0)?.wrapping_add(1).max(1);
+        self.lookups.write(0, next)
     }
 }
 
@@ -91,14 +102,20 @@ impl MapStore for KernelStore {
             MapOp::Vtep { index, value } => {
                 self.vteps.write(*index, value.unwrap_or_default())?;
             }
-            MapOp::VtepSource { key, value } => match value {
-                Some(index) => self.vtep_sources.write(*key, *index)?,
-                None => self.vtep_sources.remove(*key)?,
-            },
-            MapOp::Pod { key, value } => match value {
-                Some(pod) => self.pods.write(*key, *pod)?,
-                None => self.pods.remove(*key)?,
-            },
+            MapOp::VtepSource { key, value } => {
+                match value {
+                    Some(index) => self.vtep_sources.write(*key, *index)?,
+                    None => self.vtep_sources.remove(*key)?,
+                }
+                self.forget_lookups()?;
+            }
+            MapOp::Pod { key, value } => {
+                match value {
+                    Some(pod) => self.pods.write(*key, *pod)?,
+                    None => self.pods.remove(*key)?,
+                }
+                self.forget_lookups()?;
+            }
             MapOp::ResetServiceCounter { id } => self.counters.clear_service(*id)?,
             MapOp::ResetBackendCounter { id } => self.counters.clear_backend(*id)?,
             MapOp::Backend { id, value } => {

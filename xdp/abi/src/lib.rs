@@ -24,6 +24,7 @@ mod flow;
 mod fragment;
 mod lane;
 pub mod maps;
+mod near;
 mod reason;
 mod settings;
 mod tables;
@@ -40,6 +41,7 @@ pub use flow::{
 };
 pub use fragment::{Fragment, fragment_fate, fragment_part};
 pub use lane::{JUMP_SLOTS, LANES, Lane};
+pub use near::{NEAR_PLACES, Near, NearPod, NearSource};
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};
 pub use settings::{
     Answers, Bucket, MAX_OWN_MACS, MAX_TUNNELS, OwnMac, Seeds, Settings, Timeouts, settings_flags,

@@ -42,6 +42,13 @@ pub const JUMP_TC: &str = "sl_jumptc_v1";
 /// ARRAY u32 → [`crate::Fragment`]: what later fragments follow. Programs only.
 pub const FRAGMENT: &str = "sl_frag_v1";
 
+/// PERCPU_ARRAY of one [`crate::Near`]: what a CPU remembers of [`POD`] and [`VTEP_SOURCE`]. Programs
+/// only.
+pub const NEAR: &str = "sl_near_v1";
+/// ARRAY of one u32, which changes after each change of [`POD`] and [`VTEP_SOURCE`]; 0: nothing is
+/// remembered. Agent writes, programs read.
+pub const LOOKUPS: &str = "sl_lookups_v1";
+
 /// PERCPU_ARRAY [`crate::AnswerKind`] → [`crate::AnswerCounter`].
 pub const ANSWER: &str = "sl_answer_v1";
 /// ARRAY u32 → [`crate::Bucket`]: answers to one source, by a hash of its address. Programs only.
@@ -50,7 +57,7 @@ pub const BUCKET: &str = "sl_bucket_v1";
 pub const BUCKET_CPU: &str = "sl_bucketcpu_v1";
 
 /// All maps, in the order in which user space creates and checks them.
-pub const ALL: [&str; 22] = [
+pub const ALL: [&str; 24] = [
     SETTINGS,
     FRONTEND,
     MAGLEV,
@@ -73,6 +80,8 @@ pub const ALL: [&str; 22] = [
     BUCKET,
     BUCKET_CPU,
     FRAGMENT,
+    NEAR,
+    LOOKUPS,
 ];
 
 /// Reason counters of one hook; room for growth, so that a new reason moves nothing.

@@ -5,8 +5,8 @@ use crate::decide::Answer;
 use crate::tcp::Segment;
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel,
-    Vtep, VtepKey,
+    FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot,
+    Tunnel, Vtep, VtepKey,
 };
 
 /// Tables and helpers: maps in the kernel, vectors on the host. `None` is "no such entry".
@@ -28,6 +28,11 @@ pub trait Env {
     fn vtep(&self, index: u32) -> Option<At<'_, Vtep>>;
     /// Index of the tunnel end that may send from this address. # Cost: a hash lookup.
     fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>>;
+    /// What this CPU remembers of pods and tunnel ends.
+    fn near(&self) -> Option<At<'_, Near>>;
+    /// Changes whenever what [`Env::pod`] and [`Env::vtep_source`] say may have changed; 0: nothing
+    /// is to be remembered.
+    fn lookups(&self) -> Option<At<'_, u32>>;
     /// One of our own tunnels.
     fn tunnel(&self, index: u32) -> Option<At<'_, Tunnel>>;
     /// A next hop.

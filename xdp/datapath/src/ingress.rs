@@ -9,6 +9,7 @@ use crate::field;
 use crate::flow::{self, Found};
 use crate::fragment;
 use crate::hash::FlowHash;
+use crate::near;
 use crate::parse::{self, Form, Ip, Later, Link, Transport};
 use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
@@ -102,7 +103,7 @@ fn plan<'e, P: Form, E: Env>(
     if ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst) {
         let index;
         (index, packet) = open::<P, E>(env, settings, &link, &ip)?;
-        if let Some(pod) = env.pod(&packet.ip.l3.dst()) {
+        if let Some(pod) = near::pod::<P, E>(env, packet.ip.l3.dst()) {
             return deliver::<P, E>(env, settings, &packet, pod, index);
         }
         transport = parse::transport::<P, E>(env, packet.l3, &packet.ip)?;
@@ -147,7 +148,7 @@ pub(crate) fn open<'f, P: Form, E: Env>(
         return Err(Reason::IpOptions.into());
     }
     let payload = link.l3.skip(ip.l3.header_len());
-    let (index, vtep, room) = source(env, settings, ip, payload)?;
+    let (index, vtep, room) = source::<P, E>(env, settings, ip, payload)?;
     let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
     Ok((index, inside::<P, E>(env, link, ip, inner, vtep, room)?))
 }
@@ -165,7 +166,7 @@ pub(crate) fn is_vxlan(settings: At<'_, Settings>, port: Be16) -> bool {
 /// `VxlanFlags`, `ForeignTunnel`, `UnknownVtepPassed` (pass); `VxlanMalformed`, `UnknownVtep`
 /// (drop).
 #[inline(always)]
-fn source<'a, E: Env>(
+fn source<'a, P: Form, E: Env>(
     env: &'a E,
     settings: At<'a, Settings>,
     ip: &Ip<'_>,
@@ -183,10 +184,9 @@ fn source<'a, E: Env>(
         return Err(Reason::VxlanFlags.into());
     }
     let vni = Be32::new(header.vni.host() & VNI_MASK);
-    let Some(index) = env.vtep_source(&VtepKey { source: ip.l3.src(), vni }) else {
+    let Some(index) = near::vtep_source::<P, E>(env, &VtepKey { source: ip.l3.src(), vni }) else {
         return Err(stranger(env, settings, ip, vni).into());
     };
-    let index = index.get();
     let vtep = env.vtep(index).ok_or(Reason::TableBroken)?;
     if field!(vtep, Vtep, local).get() != ip.l3.dst() {
         return Err(Reason::ForeignTunnel.into());

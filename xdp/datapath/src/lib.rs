@@ -34,6 +34,7 @@ pub mod hash;
 pub mod icmp;
 pub mod ingress;
 pub mod limit;
+pub mod near;
 pub mod parse;
 pub mod replay;
 pub mod tc;

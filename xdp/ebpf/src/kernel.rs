@@ -6,8 +6,8 @@ use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::{bpf_jiffies64, generated};
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Trap,
-    Tunnel, Vtep, VtepKey,
+    FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot,
+    Trap, Tunnel, Vtep, VtepKey,
 };
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};
@@ -89,6 +89,14 @@ impl Env for Kernel {
     fn vtep_source(&self, key: &VtepKey) -> Option<At<'_, u32>> {
         trap::count(Trap::HashLookup);
         at!(sl_vtepsrc_v1.get_ptr_mut(key))
+    }
+    #[inline(always)]
+    fn near(&self) -> Option<At<'_, Near>> {
+        at!(sl_near_v1.get_ptr_mut(0))
+    }
+    #[inline(always)]
+    fn lookups(&self) -> Option<At<'_, u32>> {
+        at!(sl_lookups_v1.get_ptr_mut(0))
     }
     #[inline(always)]
     fn tunnel(&self, index: u32) -> Option<At<'_, Tunnel>> {

@@ -7,8 +7,8 @@ use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, Hook, JUMP_SLOTS, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings,
-    SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    FrontendKey, Hook, JUMP_SLOTS, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
+    Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 /// A `bpf_spin_lock` as the kernel's BTF wants it: a field of that type in the map's value.
@@ -74,6 +74,10 @@ pub static sl_bucket_v1: Array<Bucket, { Bucket::SOURCES as usize }> = Array::ne
 pub static sl_bucketcpu_v1: PerCpuArray<Bucket, 1> = PerCpuArray::new();
 #[btf_map]
 pub static sl_frag_v1: Array<Fragment, { maps::DEFAULT_FRAGMENTS as usize }> = Array::new();
+#[btf_map]
+pub static sl_near_v1: PerCpuArray<Near, 1> = PerCpuArray::new();
+#[btf_map]
+pub static sl_lookups_v1: Array<u32, 1> = Array::new();
 #[btf_map]
 pub static sl_jump_v1: ProgramArray<{ JUMP_SLOTS as usize }> = ProgramArray::new();
 #[btf_map]

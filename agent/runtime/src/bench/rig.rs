@@ -122,6 +122,7 @@ impl Rig {
         self.array(maps::VTEP, tables.vteps.iter().map(|(i, v)| (*i, *v)))?;
         self.hash(maps::VTEP_SOURCE, tables.vtep_sources.iter().copied())?;
         self.hash(maps::POD, tables.pods.iter().copied())?;
+        self.array(maps::LOOKUPS, [(0, 1u32)])?;
         self.array(maps::BACKEND, tables.backends.iter().map(|(i, v)| (*i, *v)))?;
         self.array(maps::MAGLEV, (0u32..).zip(tables.maglev.iter().copied()))?;
         self.hash(maps::FRONTEND, tables.frontends.iter().copied())

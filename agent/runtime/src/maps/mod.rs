@@ -168,6 +168,11 @@ impl Pins {
         self.hash(maps::VTEP_SOURCE)
     }
 
+    /// `sl_lookups_v1`.
+    pub fn lookups(&self) -> Result<ArrayTable<u32>, MapsError> {
+        self.array(maps::LOOKUPS)
+    }
+
     /// `sl_tunnel_v1`.
     pub fn tunnels(&self) -> Result<ArrayTable<Tunnel>, MapsError> {
         self.array(maps::TUNNEL)

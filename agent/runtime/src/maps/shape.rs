@@ -6,7 +6,7 @@
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS, NextHop, Pod, ReasonCounter, Scratch,
+    FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS, Near, NextHop, Pod, ReasonCounter, Scratch,
     ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
@@ -64,6 +64,8 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, Bucket>(maps::BUCKET, Array, Bucket::SOURCES),
         shape::<u32, Bucket>(maps::BUCKET_CPU, PerCpuArray, 1),
         shape::<u32, Fragment>(maps::FRAGMENT, Array, sizes.fragments),
+        shape::<u32, Near>(maps::NEAR, PerCpuArray, 1),
+        shape::<u32, u32>(maps::LOOKUPS, Array, 1),
     ]
 }
 
