@@ -1,6 +1,6 @@
 //! XDP at an uplink: tunnels, requests from outside, replies from other nodes.
 
-use sluice_abi::{Be32, Delivery, Hook, IPPROTO_UDP, Reason, VtepKey};
+use sluice_abi::{Be32, Delivery, Family, Hook, IPPROTO_UDP, Reason, VtepKey};
 
 use crate::answer;
 use crate::decide::{Origin, begins_anew, decide, renew};
@@ -126,7 +126,14 @@ fn decapsulate(
     if inner.eth.dst != vtep.local_mac {
         return Err(Reason::InnerNotLocal);
     }
-    if !vtep.pod_nets.iter().any(|net| net.contains(inner.src())) {
+    // A Service answers this node itself, which asks through the tunnel with that address. Our pods'
+    // requests are translated here: from a Service's address nobody answers them.
+    let own = case.tables.tunnels.get(&vtep.tunnel).map(|t| match inner.family() {
+        Family::V4 => t.addr_v4,
+        Family::V6 => t.addr_v6,
+    });
+    let answer = own == Some(inner.dst()) && case.tables.is_vip(inner.src());
+    if !answer && !vtep.pod_nets.iter().any(|net| net.contains(inner.src())) {
         return Err(Reason::InnerSource);
     }
     let mut inner = inner;

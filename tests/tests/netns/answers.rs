@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use serde_json::Value;
-use sluice_lab::plan::UPLINK;
+use sluice_lab::plan::{UPLINK, VXLAN_DEVICE};
 use sluice_lab::{Family, LabSpec, Mode};
 
 use crate::bed::{Bed, Config, ECHO, FAMILIES, HTTP, NODE, PATIENCE, Service, delta, iperf, wait};
@@ -117,6 +117,53 @@ fn s36_refuses_pods_whose_checksums_are_still_to_be_filled_in() {
             assert_refused(&bed, "pod1-2", closed, closed);
         }
     }
+}
+
+/// A process of node1 asks Services of node2 through the tunnel, untranslated. What comes back has the
+/// Service's address inside the tunnel, and Sluice on node1 leaves it to the kernel (A2); to pods of
+/// node1 it would not be let through.
+fn answers_a_node_through_the_tunnel(mode: Mode, underlay: Family) {
+    let spec = LabSpec { underlay, ..LabSpec::kernel_only(2, 2) };
+    let mut bed = bed(mode, &spec, "replace");
+    bed.start_on("node2");
+    for family in FAMILIES {
+        let tunnel = |number: usize| -> IpAddr {
+            let node = bed.node(number);
+            match family {
+                Family::V4 => node.tunnel_v4().into(),
+                Family::V6 => node.tunnel_v6().into(),
+            }
+        };
+        let length = if family == Family::V4 { 32 } else { 128 };
+        for service in [EMPTY, REMOTE] {
+            let (vip, ours, theirs) = (service.load_balancer_ip(family), tunnel(1), tunnel(2));
+            let route = format!(
+                "route add {vip}/{length} via {theirs} dev {VXLAN_DEVICE} onlink src {ours}"
+            );
+            bed.run(NODE, "ip", &route.split(' ').collect::<Vec<_>>());
+        }
+        let before = bed.counters();
+        let of_empty = EMPTY.load_balancer_ip(family);
+        let (tcp, udp) = (SocketAddr::new(of_empty, HTTP), SocketAddr::new(of_empty, ECHO));
+        assert_refused(&bed, NODE, tcp, udp);
+        bed.ping(NODE, of_empty, 56, 2, &[]);
+        let answer = bed.ask(NODE, REMOTE.load_balancer(family, HTTP));
+        assert_eq!((answer.pod.as_str(), answer.client), ("pod2-1", tunnel(1)));
+        assert_eq!(bed.ask_udp(NODE, REMOTE.load_balancer(family, ECHO)), "pod2-1");
+        let counted = delta(&bed, &before);
+        assert!(crate::bed::drops(&counted).is_empty(), "{family}: {counted:#?}");
+        assert!(counted.reason("inner_not_local") > 5, "{family}: {counted:#?}");
+    }
+}
+
+#[test]
+fn a2_native_lets_services_answer_a_node_that_asks_through_the_tunnel() {
+    answers_a_node_through_the_tunnel(Mode::Native, Family::V4);
+}
+
+#[test]
+fn a2_generic_lets_services_answer_a_node_that_asks_through_the_tunnel() {
+    answers_a_node_through_the_tunnel(Mode::Generic, Family::V6);
 }
 
 /// Sends a datagram; the socket has its answer, or the error that came for it.
