@@ -68,6 +68,37 @@ fn report_has_conditions_and_ratios_to_the_floor_of_the_same_run() {
 }
 
 #[test]
+fn reports_are_compared_and_the_gate_tells_by_its_status() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let report = |name: &str, ratio: f64| {
+        let row = serde_json::json!({
+            "name": "decap", "family": "v4", "flows": 1,
+            "ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1,
+        });
+        let text = serde_json::json!({"bench": "progrun", "conditions": {}, "rows": [row]});
+        let path = directory.path().join(name);
+        std::fs::write(&path, text.to_string()).expect("written");
+        path
+    };
+    let (a, b) = (report("a.json", 2.0), report("b.json", 3.0));
+    let compare = |first: &std::path::Path, second: &std::path::Path| {
+        Command::new(env!("CARGO_BIN_EXE_sluice"))
+            .args(["bench", "compare", "--gate", "1.1", "--output", "json"])
+            .args([first, second])
+            .output()
+            .expect("sluice")
+    };
+    let worse = compare(&a, &b);
+    assert_eq!(worse.status.code(), Some(1));
+    let report: Value = serde_json::from_slice(&worse.stdout).expect("JSON");
+    assert_eq!(report["rows"][0]["factor"], 1.5);
+    assert_eq!(report["rows"][0]["over"], true);
+    assert!(compare(&b, &a).status.success());
+    let missing = compare(&a, &directory.path().join("none.json"));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("none.json"));
+}
+
+#[test]
 fn unknown_path_is_refused_by_name() {
     let output = Command::new(env!("CARGO_BIN_EXE_sluice"))
         .args(["bench", "progrun", "--only", "warp"])

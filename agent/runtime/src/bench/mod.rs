@@ -5,9 +5,10 @@
 //!                                    rig: wrapper ─► empty (F)    ┴─► rounds ─► summary ─► report
 //! ```
 //!
-//! The programs run by BPF_PROG_TEST_RUN on maps of their own; nothing is attached or pinned, and
+//! `compare` reads two reports. The programs run by BPF_PROG_TEST_RUN on maps of their own; nothing is attached or pinned, and
 //! an agent on the same machine is not disturbed beyond the time that it takes.
 
+mod compare;
 mod conditions;
 mod packet;
 mod progrun;
@@ -26,6 +27,7 @@ use clap::{Args, Subcommand};
 
 use crate::describe::causes;
 
+pub use compare::CompareArgs;
 pub use progrun::ProgrunArgs;
 pub use rig::{Rig, Sample};
 pub use scenario::{Kind, Scenario};
@@ -46,6 +48,11 @@ enum BenchCommand {
     /// compared between machines, nanoseconds cannot. A path counts only if the program's own
     /// counters say that every packet took it.
     Progrun(ProgrunArgs),
+    /// Two reports of `progrun` beside each other.
+    ///
+    /// Ratios to F are compared, never nanoseconds. A change counts when the quartiles of the rounds
+    /// lie apart and it is more than a tenth. With --gate the exit status tells whether a path became dearer.
+    Compare(CompareArgs),
 }
 
 /// Why there is no measurement.
@@ -89,6 +96,14 @@ pub enum BenchError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A report cannot be compared.
+    #[error("{}: {problem}; give the output of `sluice bench progrun --output json`", path.display())]
+    Report {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The object is not ours.
     #[error("the {object} object has no {kind} {name}; build sluice anew")]
     Missing {
@@ -129,5 +144,6 @@ pub enum BenchError {
 pub fn run(args: &BenchArgs) -> Result<(String, ExitCode), BenchError> {
     match &args.command {
         BenchCommand::Progrun(args) => progrun::run(args),
+        BenchCommand::Compare(args) => compare::run(args),
     }
 }
