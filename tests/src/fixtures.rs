@@ -25,8 +25,11 @@ mod large;
 mod passed;
 mod stopped;
 mod tc;
+mod tc_node;
 mod translated;
 mod tunnelled;
+
+pub use tc_node::at_tc;
 
 /// What came out so far, step by step; the last is the frame that is judged.
 pub type Trail = [Vec<u8>];
@@ -39,6 +42,9 @@ pub struct Step {
     pub hook: Hook,
     /// Interface of its arrival (of its departure at TC egress).
     pub ifindex: u32,
+    /// Bytes of payload in each of the segments that were merged into the frame on arrival, 0 if it is
+    /// one: what the kernel calls `gso_size`, at TC alone.
+    pub segment: u32,
     /// The frame.
     pub frame: Build,
 }
@@ -164,7 +170,7 @@ impl Fixture {
             world: World::standard(),
             world_before: None,
             before: Vec::new(),
-            step: Step { hook, ifindex, frame: Box::new(frame) },
+            step: Step { hook, ifindex, segment: 0, frame: Box::new(frame) },
             action,
             mark: None,
             out,
@@ -193,7 +199,7 @@ impl Fixture {
         ifindex: u32,
         frame: impl Fn(&Trail) -> Vec<u8> + Send + Sync + 'static,
     ) -> Self {
-        self.before.push(Step { hook, ifindex, frame: Box::new(frame) });
+        self.before.push(Step { hook, ifindex, segment: 0, frame: Box::new(frame) });
         self
     }
 
@@ -221,7 +227,7 @@ impl Fixture {
     ) -> Self {
         let action = match self.step.hook {
             Hook::Xdp => Action::Transmit,
-            Hook::TcIngress | Hook::TcEgress => Action::Redirect(self.step.ifindex),
+            Hook::TcIngress | Hook::TcEgress | Hook::TcNode => Action::Redirect(self.step.ifindex),
         };
         let mut fixture = self.out(action, frame);
         fixture.answer = Some((kind, true));

@@ -16,7 +16,7 @@ use sluice_datapath::csum::{Sum, update, update_udp};
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
 use sluice_datapath::fragment;
-use sluice_datapath::parse::{General, Later, Plain};
+use sluice_datapath::parse::{AtTc, General, Later, Plain};
 use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{answer, icmp, ingress, tc};
@@ -154,7 +154,7 @@ impl Host {
 
     /// Runs the program of `hook` on one frame with `head_room` bytes in front of it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8], head_room: usize) -> HostRan {
-        self.run_split(hook, ifindex, packet, head_room, packet.len())
+        self.run_at(hook, ifindex, packet, (head_room, packet.len()), 0)
     }
 
     /// The same with a frame in several buffers, of which the first has `first` bytes.
@@ -166,13 +166,38 @@ impl Host {
         head_room: usize,
         first: usize,
     ) -> HostRan {
+        self.run_at(hook, ifindex, packet, (head_room, first), 0)
+    }
+
+    /// The same with a frame into which segments of `segment` bytes of payload were merged.
+    pub fn run_merged(
+        &self,
+        hook: Hook,
+        ifindex: u32,
+        packet: &[u8],
+        head_room: usize,
+        segment: u32,
+    ) -> HostRan {
+        self.run_at(hook, ifindex, packet, (head_room, packet.len()), segment)
+    }
+
+    fn run_at(
+        &self,
+        hook: Hook,
+        ifindex: u32,
+        packet: &[u8],
+        (head_room, first): (usize, usize),
+        segment: u32,
+    ) -> HostRan {
         self.clock_reads.set(0);
         let takes_metadata = self.takes_metadata.get();
         let mut frame = HostFrame::new(packet, head_room, first, ifindex, takes_metadata);
+        frame.segment = segment;
         let mut verdict = match hook {
             Hook::Xdp => ingress::xdp::<Plain, _, _>(self, &mut frame),
             Hook::TcIngress => tc::ingress::<Plain, _, _>(self, &mut frame),
             Hook::TcEgress => tc::egress::<Plain, _, _>(self, &mut frame),
+            Hook::TcNode => ingress::xdp::<AtTc<Plain>, _, _>(self, &mut frame),
         };
         while let Some(lane) = frame.lane.take() {
             frame.asks_length = true;
@@ -180,11 +205,18 @@ impl Host {
                 (Lane::General, Hook::Xdp) => ingress::xdp::<General, _, _>(self, &mut frame),
                 (Lane::General, Hook::TcIngress) => tc::ingress::<General, _, _>(self, &mut frame),
                 (Lane::General, Hook::TcEgress) => tc::egress::<General, _, _>(self, &mut frame),
-                (Lane::Icmp, Hook::Xdp) => icmp::xdp(self, &mut frame),
+                (Lane::General, Hook::TcNode) => {
+                    ingress::xdp::<AtTc<General>, _, _>(self, &mut frame)
+                }
+                (Lane::Icmp, Hook::Xdp) => icmp::uplink::<General, _, _>(self, &mut frame),
+                (Lane::Icmp, Hook::TcNode) => icmp::uplink::<AtTc<General>, _, _>(self, &mut frame),
                 (Lane::Icmp, Hook::TcIngress) => icmp::tc_ingress(self, &mut frame),
                 (Lane::Icmp, Hook::TcEgress) => icmp::tc_egress(self, &mut frame),
                 (Lane::Answer, hook) => answer::answer(self, &mut frame, hook),
                 (Lane::Fragment, Hook::Xdp) => ingress::xdp::<Later, _, _>(self, &mut frame),
+                (Lane::Fragment, Hook::TcNode) => {
+                    ingress::xdp::<AtTc<Later>, _, _>(self, &mut frame)
+                }
                 (Lane::Fragment, hook) => tc::later(self, &mut frame, hook),
             };
         }
@@ -402,6 +434,8 @@ struct HostFrame {
     ifindex: u32,
     mark: Option<u32>,
     takes_metadata: bool,
+    /// As in [`Frame::segment`].
+    segment: u32,
     /// The lane that goes on: what a tail call is in the kernel.
     lane: Option<Lane>,
     /// Where the first buffer ends.
@@ -426,6 +460,7 @@ impl HostFrame {
             ifindex,
             mark: None,
             takes_metadata,
+            segment: 0,
             lane: None,
             first_end: head_room + first,
             asks_length: false,
@@ -497,6 +532,9 @@ unsafe impl Frame for HostFrame {
         true
     }
     fn packet_sum(&mut self, _delta: u16) {}
+    fn segment(&self) -> u32 {
+        self.segment
+    }
     fn sum(&self, offset: u32, len: u32) -> u16 {
         let at = self.start + offset as usize;
         let Some(bytes) = self.buffer.get(at..at + len as usize) else { return 0 };

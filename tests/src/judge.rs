@@ -71,7 +71,7 @@ pub trait Runner {
             REASONS.iter().map(|r| runner.reason(hook, r.reason as u32).packets).collect()
         };
         let before = counts(self);
-        let step = Step { hook, ifindex, frame: Box::new(|_| Vec::new()) };
+        let step = Step { hook, ifindex, segment: 0, frame: Box::new(|_| Vec::new()) };
         let outcome = self.step(&step, frame, HeadRoom::Plenty);
         let after = counts(self);
         let moved: Vec<usize> = (0..REASONS.len()).filter(|&i| after[i] != before[i]).collect();
@@ -122,7 +122,10 @@ impl Runner for Host {
         let second = if let HeadRoom::Split(second) = head_room { second } else { 0 };
         self.takes_metadata.set(head_room != HeadRoom::NoMetadata);
         let first = frame.len() - second;
-        let ran = self.run_split(step.hook, step.ifindex, frame, room, first);
+        let ran = match step.segment {
+            0 => self.run_split(step.hook, step.ifindex, frame, room, first),
+            segment => self.run_merged(step.hook, step.ifindex, frame, room, segment),
+        };
         let code = code_of(step.hook, ran.verdict.action);
         Outcome { code, bytes: ran.bytes, mark: ran.mark }
     }
@@ -166,7 +169,7 @@ impl Runner for Host {
 impl Runner for Kernel {
     fn step(&mut self, step: &Step, frame: &[u8], head_room: HeadRoom) -> Outcome {
         let ran = match head_room {
-            HeadRoom::Plenty => self.run(step.hook, step.ifindex, frame),
+            HeadRoom::Plenty => self.run_merged(step.hook, step.ifindex, frame, step.segment),
             HeadRoom::Little => self.run_xdp(step.ifindex, frame, HEAD_ROOM - LITTLE_ROOM, None),
             HeadRoom::NoMetadata => self.run_xdp(step.ifindex, frame, MOST_METADATA, None),
             HeadRoom::Split(second) => {

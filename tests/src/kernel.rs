@@ -198,9 +198,19 @@ impl Kernel {
     /// # Panics
     /// If the kernel does not run it.
     pub fn run(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
+        self.run_merged(hook, ifindex, packet, 0)
+    }
+
+    /// The same with a frame into which segments of `segment` bytes of payload were merged (at TC).
+    ///
+    /// # Panics
+    /// If the kernel does not run it.
+    pub fn run_merged(&self, hook: Hook, ifindex: u32, packet: &[u8], segment: u32) -> Ran {
         match hook {
             Hook::Xdp => self.run_xdp(ifindex, packet, 0, None),
-            Hook::TcIngress | Hook::TcEgress => self.run_tc(hook, ifindex, packet),
+            Hook::TcIngress | Hook::TcEgress | Hook::TcNode => {
+                self.run_tc(hook, ifindex, packet, segment)
+            }
         }
     }
 
@@ -232,9 +242,9 @@ impl Kernel {
         Ran { code: result.return_value, bytes, meta: out }
     }
 
-    fn run_tc(&self, hook: Hook, ifindex: u32, packet: &[u8]) -> Ran {
+    fn run_tc(&self, hook: Hook, ifindex: u32, packet: &[u8], segment: u32) -> Ran {
         let mut out = vec![0; packet.len() + 256];
-        let context = skb_context(ifindex);
+        let context = skb_context(ifindex, segment);
         let mut options = TestRunOptions::new();
         options.data_in = Some(packet);
         options.data_out = Some(&mut out);
@@ -487,10 +497,12 @@ fn xdp_context(data: usize, end: usize, ifindex: u32) -> [u8; XDP_MD] {
     context
 }
 
-/// The first fields of `struct __sk_buff` (include/uapi/linux/bpf.h), up to `ifindex`.
-fn skb_context(ifindex: u32) -> [u8; 192] {
+/// Fields of `struct __sk_buff` (include/uapi/linux/bpf.h).
+fn skb_context(ifindex: u32, segment: u32) -> [u8; 192] {
     const IFINDEX: usize = 40;
+    const GSO_SIZE: usize = 176;
     let mut context = [0u8; 192];
+    context[GSO_SIZE..GSO_SIZE + 4].copy_from_slice(&segment.to_ne_bytes());
     context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
     context
 }

@@ -10,7 +10,8 @@ use sluice_tests::world::{FAMILIES, Svc, VTEP_V6, World, dev};
 
 #[test]
 fn every_reason_has_a_fixture_of_every_family() {
-    let table = fixtures::all();
+    let mut table = fixtures::all();
+    table.extend(fixtures::at_tc().0);
     let has = |reason, family: Option<Family>| {
         table.iter().any(|f| f.reason == reason && (family.is_none() || f.family == family))
     };
@@ -37,7 +38,8 @@ fn every_reason_has_a_fixture_of_every_family() {
 
 #[test]
 fn names_of_fixtures_are_unique() {
-    let mut names: Vec<_> = fixtures::all().into_iter().map(|f| f.name).collect();
+    let table = fixtures::all().into_iter().chain(fixtures::at_tc().0);
+    let mut names: Vec<_> = table.map(|f| f.name).collect();
     names.sort_unstable();
     let twice: Vec<_> = names.windows(2).filter(|w| w[0] == w[1]).map(|w| &w[0]).collect();
     assert!(twice.is_empty(), "{twice:?}");
@@ -56,11 +58,33 @@ fn host_does_what_the_fixtures_say() {
 }
 
 #[test]
+fn tc_does_at_the_uplink_what_xdp_does() {
+    let (table, left_out) = fixtures::at_tc();
+    let mut failures = Vec::new();
+    for fixture in &table {
+        if let Err(text) = judge(fixture, &mut Host::new(fixture.first_world())) {
+            failures.push(format!("{}: {text}", fixture.name));
+        }
+    }
+    report(&failures, table.len());
+    assert!(left_out * 10 < table.len(), "too many fixtures left out: {left_out}");
+}
+
+#[test]
 fn loaded_program_does_what_the_host_does() {
-    let (failures, count) = with_kernel(|kernel| {
+    loaded(fixtures::all());
+}
+
+#[test]
+fn loaded_program_at_tc_does_what_the_host_does() {
+    loaded(fixtures::at_tc().0);
+}
+
+fn loaded(table: Vec<Fixture>) {
+    let (failures, count) = with_kernel(move |kernel| {
         let mut failures = Vec::new();
         let mut count = 0;
-        for fixture in fixtures::all().iter().filter(|f| in_kernel(f)) {
+        for fixture in table.iter().filter(|f| in_kernel(f)) {
             count += 1;
             kernel.fill(fixture.first_world());
             if let Err(text) = judge(fixture, kernel) {

@@ -1,4 +1,4 @@
-//! The fixtures over veth, in native and in generic mode: same packet, same verdict, same bytes as
+//! The fixtures over veth, in native and in generic mode and at TC: same packet, same verdict, same bytes as
 //! on the host and in BPF_PROG_TEST_RUN.
 //!
 //! ```text
@@ -17,8 +17,9 @@ use sluice::attach::without_frags;
 use sluice_abi::{Hook, REASONS};
 use sluice_datapath::verdict::Action;
 use sluice_tests::fixtures::{self, Fixture, HeadRoom, Out, Step};
-use sluice_tests::judge::{check_counters, difference, in_kernel};
-use sluice_tests::kernel::{Kernel, OBJECT};
+use sluice_tests::host::Host;
+use sluice_tests::judge::{Outcome, Runner, check_counters, difference, in_kernel};
+use sluice_tests::kernel::{Kernel, OBJECT, code};
 use sluice_tests::netns::{PEER, in_namespace, make_interfaces, raise_interfaces};
 use sluice_tests::wire::{PATIENCE, Seen, Tap, sender};
 use sluice_tests::world::{dev, size};
@@ -31,26 +32,34 @@ struct Lab {
 }
 
 impl Lab {
-    fn new(mode: XdpMode) -> Self {
+    /// Without a mode of XDP: TC.
+    fn new(mode: Option<XdpMode>) -> Self {
         make_interfaces();
         raise_interfaces();
         // As the agent does it.
         let mut kernel = match mode {
-            XdpMode::Skb => Kernel::load(&without_frags(OBJECT), size::FLOW_SETS),
+            Some(XdpMode::Skb) => Kernel::load(&without_frags(OBJECT), size::FLOW_SETS),
             _ => Kernel::load(OBJECT, size::FLOW_SETS),
         };
         for uplink in ["upa", "upb"] {
-            kernel.xdp_mut("xdp_node").attach(uplink, mode).expect("attach xdp_node");
+            if let Some(mode) = mode {
+                kernel.xdp_mut("xdp_node").attach(uplink, mode).expect("attach xdp_node");
+            } else {
+                let node = kernel.tc_mut("tc_node");
+                node.attach(uplink, TcAttachType::Ingress).expect("attach tc_node");
+            }
         }
-        if mode == XdpMode::Driver {
+        if let Some(mode @ XdpMode::Driver) = mode {
             // A veth receives redirected frames only where its far end has a program too
             // (drivers/net/veth.c, veth_xdp_xmit).
             for far in ["upap", "upbp", "podrp", "podsp"] {
                 kernel.xdp_mut("xdp_pass").attach(far, mode).expect("attach xdp_pass");
             }
         }
-        let uplink = kernel.tc_mut("tc_uplink");
-        uplink.attach("upa", TcAttachType::Ingress).expect("attach tc_uplink");
+        if mode.is_some() {
+            let uplink = kernel.tc_mut("tc_uplink");
+            uplink.attach("upa", TcAttachType::Ingress).expect("attach tc_uplink");
+        }
         for at in ["podr", "pods"] {
             let tc = kernel.tc_mut("tc_ingress");
             tc.attach(at, TcAttachType::Ingress).expect("attach tc_ingress");
@@ -65,7 +74,7 @@ impl Lab {
     /// Sends a frame so that it meets the program of a step.
     fn send(&mut self, step: &Step, frame: &[u8]) {
         let from = match step.hook {
-            Hook::Xdp | Hook::TcIngress => step.ifindex + PEER,
+            Hook::Xdp | Hook::TcIngress | Hook::TcNode => step.ifindex + PEER,
             Hook::TcEgress => step.ifindex,
         };
         let sender = self.senders.entry(from).or_insert_with(|| sender(from));
@@ -100,12 +109,18 @@ impl Lab {
         self.tap.drain();
         self.kernel.fill(fixture.first_world());
         let mut trail = Vec::new();
-        for step in &fixture.before {
+        let after = on_host(fixture);
+        for (i, step) in fixture.before.iter().enumerate() {
             let frame = (step.frame)(&trail);
             self.step(step, &frame)?;
             // What TC passes goes to the stack, which drops it unseen.
             let seen = match step.hook {
                 Hook::Xdp => self.tap.wait(1).into_iter().next(),
+                // The tap sees it come, and again where it goes.
+                Hook::TcNode => match after[i].code {
+                    code::TC_REDIRECT => self.tap.wait(2).into_iter().nth(1),
+                    _ => None,
+                },
                 Hook::TcIngress | Hook::TcEgress => None,
             };
             trail.push(seen.map(|s| s.bytes).unwrap_or_default());
@@ -122,7 +137,7 @@ impl Lab {
         let places = places(fixture);
         let mut seen = self.tap.wait(places.len() + usize::from(is_tapped(&fixture.step)));
         if is_tapped(&fixture.step) {
-            let came = Seen { ifindex: fixture.step.ifindex, bytes: frame.clone() };
+            let came = Seen { ifindex: fixture.step.ifindex, bytes: untagged(&frame) };
             let at = seen.iter().position(|s| *s == came).ok_or("the frame did not arrive")?;
             seen.remove(at);
         }
@@ -149,9 +164,21 @@ impl Lab {
     }
 }
 
+/// What becomes of the frames before the last.
+fn on_host(fixture: &Fixture) -> Vec<Outcome> {
+    let mut host = Host::new(fixture.first_world());
+    let (mut trail, mut after) = (Vec::new(), Vec::new());
+    for step in &fixture.before {
+        let outcome = host.step(step, &(step.frame)(&trail), HeadRoom::Plenty);
+        trail.push(outcome.bytes.clone());
+        after.push(outcome);
+    }
+    after
+}
+
 /// The tap sees what arrives for TC as well, as it came.
 fn is_tapped(step: &Step) -> bool {
-    step.hook == Hook::TcIngress
+    matches!(step.hook, Hook::TcIngress | Hook::TcNode)
 }
 
 /// Where the frame shows itself, in this order.
@@ -166,7 +193,7 @@ fn places(fixture: &Fixture) -> Vec<u32> {
             [Some(step.ifindex), fixture.mark].into_iter().flatten().collect()
         }
         // The stack has no route.
-        (Hook::TcIngress, Action::Pass) => Vec::new(),
+        (Hook::TcIngress | Hook::TcNode, Action::Pass) => Vec::new(),
         (Hook::TcEgress, Action::Pass) => vec![step.ifindex + PEER],
     }
 }
@@ -185,14 +212,15 @@ fn fits(fixture: &Fixture) -> bool {
     let step = &fixture.step;
     in_kernel(fixture)
         && fixture.head_room == HeadRoom::Plenty
+        && step.segment == 0
         && (step.hook != Hook::TcIngress || step.ifindex != dev::UPLINK)
 }
 
-fn run(mode: XdpMode) {
+fn run(mode: Option<XdpMode>, table: Vec<Fixture>) {
     let (failures, count, left_out) = in_namespace(move || {
         let mut lab = Lab::new(mode);
         let (mut failures, mut count, mut left_out) = (Vec::new(), 0, 0);
-        for fixture in fixtures::all() {
+        for fixture in table {
             if !fits(&fixture) {
                 left_out += 1;
                 continue;
@@ -211,10 +239,15 @@ fn run(mode: XdpMode) {
 
 #[test]
 fn native_mode_does_what_the_fixtures_say() {
-    run(XdpMode::Driver);
+    run(Some(XdpMode::Driver), fixtures::all());
 }
 
 #[test]
 fn generic_mode_does_what_the_fixtures_say() {
-    run(XdpMode::Skb);
+    run(Some(XdpMode::Skb), fixtures::all());
+}
+
+#[test]
+fn tc_mode_does_what_the_fixtures_say() {
+    run(None, fixtures::at_tc().0);
 }

@@ -109,6 +109,8 @@ impl Model {
                     Hook::Xdp => xdp::receive(&case),
                     Hook::TcIngress => tc::ingress(&case),
                     Hook::TcEgress => tc::egress(&case),
+                    // The same law; what is drawn there is held against XDP by the fixtures.
+                    Hook::TcNode => xdp::receive(&case),
                 }
             })
             .collect();

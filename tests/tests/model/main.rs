@@ -104,7 +104,7 @@ fn everything_came(hunted: &Hunt) {
         };
         of(false) * 100 / of(true).max(1)
     };
-    for hook in Hook::ALL {
+    for hook in [Hook::Xdp, Hook::TcIngress, Hook::TcEgress] {
         assert!(share(hook) >= 15, "{hook:?}: {} % of the packets are forwarded", share(hook));
     }
 }

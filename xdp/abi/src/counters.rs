@@ -12,11 +12,13 @@ pub enum Hook {
     TcIngress = 1,
     /// TC egress: uplinks and the kernel's vxlan device.
     TcEgress = 2,
+    /// TC ingress of an uplink without XDP, where TC does what XDP does elsewhere.
+    TcNode = 3,
 }
 
 impl Hook {
     /// All hooks, in index order.
-    pub const ALL: [Hook; 3] = [Hook::Xdp, Hook::TcIngress, Hook::TcEgress];
+    pub const ALL: [Hook; 4] = [Hook::Xdp, Hook::TcIngress, Hook::TcEgress, Hook::TcNode];
 
     /// The name in output and metrics.
     pub const fn label(self) -> &'static str {
@@ -24,6 +26,7 @@ impl Hook {
             Hook::Xdp => "xdp",
             Hook::TcIngress => "tc_ingress",
             Hook::TcEgress => "tc_egress",
+            Hook::TcNode => "tc_node",
         }
     }
 }

@@ -21,7 +21,7 @@ pub enum Lane {
 const SLOTS_PER_HOOK: u32 = 8;
 
 /// `max_entries` of `sl_jump_v1` and of `sl_jumptc_v1`.
-pub const JUMP_SLOTS: u32 = SLOTS_PER_HOOK * 2;
+pub const JUMP_SLOTS: u32 = SLOTS_PER_HOOK * 3;
 
 /// Every program that is reached by a tail call: hook, lane, name.
 pub const LANES: &[(Hook, Lane, &str)] = &[
@@ -36,6 +36,10 @@ pub const LANES: &[(Hook, Lane, &str)] = &[
     (Hook::Xdp, Lane::Fragment, "xdp_fragment"),
     (Hook::TcIngress, Lane::Fragment, "tc_in_fragment"),
     (Hook::TcEgress, Lane::Fragment, "tc_out_fragment"),
+    (Hook::TcNode, Lane::General, "tc_node_general"),
+    (Hook::TcNode, Lane::Icmp, "tc_node_icmp"),
+    (Hook::TcNode, Lane::Answer, "tc_node_answer"),
+    (Hook::TcNode, Lane::Fragment, "tc_node_fragment"),
 ];
 
 impl Lane {
@@ -46,6 +50,7 @@ impl Lane {
         match hook {
             Hook::Xdp | Hook::TcIngress => self as u32,
             Hook::TcEgress => SLOTS_PER_HOOK + self as u32,
+            Hook::TcNode => 2 * SLOTS_PER_HOOK + self as u32,
         }
     }
 }

@@ -127,6 +127,7 @@ reasons! {
     55 Drop EchoLimited "echo_limited" "echo request to a Service's address, beyond the rate of answers";
     56 Pass NotLinear "not_linear" "headers do not lie in the frame's first buffer";
     57 Pass Jumbogram "jumbogram" "says that it is an IPv6 jumbogram (RFC 2675), and is too short for one";
+    58 Pass SuperFrame "super_frame" "tunnelled segments that were merged on arrival: left to the kernel, which opens them";
 }
 
 impl Reason {

@@ -63,6 +63,21 @@ pub unsafe trait Frame {
     /// not come back unless there is no such program (tail call); then, and only then, false.
     fn change_lane(&mut self, hook: Hook, lane: Lane) -> bool;
 
+    /// Bytes of payload in each of the segments that were merged into this packet (`gso_size`), 0 if it
+    /// is one.
+    #[inline(always)]
+    fn segment(&self) -> u32 {
+        0
+    }
+
+    /// Makes room for `len` bytes of outer headers, Ethernet included, of IPv4 or IPv6, in front of the
+    /// Ethernet header (content undefined). False if there is no such room; the frame is then
+    /// unchanged.
+    #[inline(always)]
+    fn wrap(&mut self, len: u32, _v4: bool) -> bool {
+        self.adjust_head((len as i32).wrapping_neg())
+    }
+
     /// Bytes of the packet. More than `start..end` where a part lies elsewhere (page fragments).
     #[inline(always)]
     fn packet_len(&self) -> usize {
@@ -76,7 +91,7 @@ pub unsafe trait Frame {
     #[inline(always)]
     fn view(&self) -> View<'_> {
         let (start, end, len) = (self.start(), self.end(), self.packet_len());
-        View { start, end, len, life: PhantomData }
+        View { start, end, len, segment: self.segment(), life: PhantomData }
     }
 }
 
@@ -86,6 +101,7 @@ pub struct View<'a> {
     start: *mut u8,
     end: *mut u8,
     len: usize,
+    segment: u32,
     life: PhantomData<&'a ()>,
 }
 
@@ -127,6 +143,12 @@ impl<'a> View<'a> {
         // Opaque, or LLVM compares the end with start plus length, in 32 bits.
         let linear = opaque((self.end as u64).wrapping_sub(self.start as u64));
         (linear as i64) < self.len as i64
+    }
+
+    /// Bytes of payload in each of the merged segments, 0 if the packet is one ([`Frame::segment`]).
+    #[inline(always)]
+    pub fn segment(self) -> u32 {
+        self.segment
     }
 
     /// Bytes of the packet from the view's first on, those beyond reach included; wraps if it begins beyond the end, so compare only after an

@@ -22,8 +22,8 @@ use crate::flow::{self, Found, Tuple};
 use crate::hash::FlowHash;
 use crate::ingress;
 use crate::limit;
-use crate::parse::{self, General, L3};
-use crate::replay::{self, Departure, Located, Rewrite, Way};
+use crate::parse::{self, Form, General, L3};
+use crate::replay::{self, Departure, Located, Rewrite, Sums, Way};
 use crate::tc;
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{
@@ -96,23 +96,23 @@ impl Quote<'_> {
     }
 }
 
-/// XDP ingress of an uplink.
+/// Ingress of an uplink, by a general form.
 #[inline(always)]
-pub fn xdp<E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
+pub fn uplink<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
     let bytes = frame.view().len() as u64;
-    let verdict = match at_uplink(env, frame) {
+    let verdict = match at_uplink::<P, E, F>(env, frame) {
         Ok(verdict) => verdict,
         Err(stop) => stop.into(),
     };
-    account(env, Hook::Xdp, &verdict, bytes);
+    account(env, P::UPLINK, &verdict, bytes);
     verdict
 }
 
 #[inline(always)]
-fn at_uplink<E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
+fn at_uplink<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
     let settings = tc::bypass(env)?;
-    let departure = plan(env, settings, frame.view(), frame.ingress_ifindex())?;
-    replay::leave::<General, F>(frame, &departure)
+    let departure = plan::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?;
+    replay::leave::<P, E, F>(env, frame, &departure)
 }
 
 /// TC ingress at the host side of a pod.
@@ -149,7 +149,7 @@ fn at_tc<E: Env>(env: &E, hook: Hook, verdict: Step<Verdict>, bytes: u64) -> Ver
 
 /// Everything but the head's move.
 #[inline(always)]
-fn plan<'e, E: Env>(
+fn plan<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     view: View<'_>,
@@ -165,7 +165,7 @@ fn plan<'e, E: Env>(
         }
         let link =
             parse::Link { first: outer.outer, last: outer.eth, tags: outer.tags, l3: outer.l3 };
-        (tunnel, packet) = ingress::open::<General, E>(env, settings, &link, &outer.ip)?;
+        (tunnel, packet) = ingress::open::<P, E>(env, settings, &link, &outer.ip)?;
     }
     let uplink = ifindex;
     let (ifindex, tags) = if tunnel == 0 { (ifindex, packet.tags) } else { (0, 0) };
@@ -428,8 +428,9 @@ fn error_at_uplink<'e, E: Env>(
     if !found.is_still_there() {
         return Err(stop(Reason::FlowChanged));
     }
-    let cut = packet.cut_for(&door);
-    Ok(Departure { door, cut, tags, inside, reason: Reason::IcmpError, owner, ecn: 0 })
+    let (cut, reason, ecn) = (packet.cut_for(&door), Reason::IcmpError, 0);
+    let sums = Sums::of_header(packet, &door, true);
+    Ok(Departure { door, cut, tags, inside, reason, owner, ecn, sums })
 }
 
 /// An error from the client's side comes the way that the connection's requests come.
@@ -761,8 +762,9 @@ fn echo_at_uplink<'e, E: Env>(
     write_echo(packet, message);
     let inside = replay::address(&door, packet, false, port);
     let (cut, tags) = (packet.cut_for(&door), tagged.then_some(reply_tags));
-    let (reason, owner) = (Reason::EchoReply, Owner::NONE);
-    Ok(Departure { door, cut, tags, inside, reason, owner, ecn: 0 })
+    let (reason, owner, ecn) = (Reason::EchoReply, Owner::NONE, 0);
+    let sums = Sums::of_header(packet, &door, true);
+    Ok(Departure { door, cut, tags, inside, reason, owner, ecn, sums })
 }
 
 /// Answers a pod's echo request out of the interface that it came from.

@@ -1,4 +1,7 @@
-//! XDP ingress of an uplink: the whole way of a packet on one page.
+//! Ingress of an uplink, at XDP or at TC: the whole way of a packet on one page.
+//!
+//! At TC the packet is the kernel's: its checksums are updated by the kernel's helper, segments that
+//! were merged on arrival stay merged, and what XDP marks is handed over at once.
 
 use crate::access::{At, Frame, View};
 use crate::account::account;
@@ -10,8 +13,8 @@ use crate::flow::{self, Found};
 use crate::fragment;
 use crate::hash::FlowHash;
 use crate::near;
-use crate::parse::{self, Form, Ip, Later, Link, Transport};
-use crate::replay::{self, Departure, Door, Located, Rewrite, Way};
+use crate::parse::{self, Form, Ip, Link, Transport};
+use crate::replay::{self, Departure, Door, Located, Rewrite, Sums, Way};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
 use crate::wire::{
     ECN_CE, ECN_ECT_0, ECN_ECT_1, ECN_NOT_ECT, Ethernet, FLAG_VNI, Udp, VNI_MASK, Vxlan,
@@ -36,10 +39,10 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
         Ok(verdict) => (verdict, verdict.action.word()),
         Err(stop) => {
             if P::GENERAL && !P::LATER && stop.reason.kind() == VerdictKind::Pass {
-                fragment::note_passed(env, Hook::Xdp);
+                fragment::note_passed(env, P::UPLINK);
             }
             if let Some(lane) = lane::<P, F>(frame, stop.reason)
-                && frame.change_lane(Hook::Xdp, lane)
+                && frame.change_lane(P::UPLINK, lane)
             {
                 return stop.into();
             }
@@ -47,7 +50,7 @@ pub fn xdp<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Verdict {
             (verdict, verdict.action.word())
         }
     };
-    account(env, Hook::Xdp, &verdict, bytes);
+    account(env, P::UPLINK, &verdict, bytes);
     if P::GENERAL { Verdict { action: Action::of_word(word), ..verdict } } else { verdict }
 }
 
@@ -62,6 +65,16 @@ fn lane<P: Form, F: Frame>(frame: &F, reason: Reason) -> Option<Lane> {
     P::lane(reason)
 }
 
+/// Counts a packet at TC whose VLAN tag stands beside it: the kernel's, which has a device for what is
+/// inside.
+#[inline(always)]
+pub fn tagged<E: Env, F: Frame>(env: &E, frame: &F) -> Verdict {
+    let verdict = Verdict::from(Stop::from(Reason::Vlan));
+    // The tag is of the frame that arrived.
+    account(env, Hook::TcNode, &verdict, frame.view().len() as u64 + parse::TAG_LEN as u64);
+    verdict
+}
+
 #[inline(always)]
 fn way<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
     let settings = env.settings().ok_or(Reason::TableBroken)?;
@@ -69,11 +82,11 @@ fn way<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
         return Err(Reason::Bypass.into());
     }
     let departure = if P::LATER {
-        follow::<E>(env, settings, frame.view())?
+        follow::<P, E>(env, settings, frame.view())?
     } else {
         plan::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?
     };
-    replay::leave::<P, F>(frame, &departure)
+    replay::leave::<P, E, F>(env, frame, &departure)
 }
 
 /// Everything but the head's move.
@@ -109,7 +122,7 @@ fn plan<'e, P: Form, E: Env>(
         transport = parse::transport::<P, E>(env, packet.l3, &packet.ip)?;
         tunnel = index;
     }
-    if P::GENERAL {
+    if P::GENERAL || P::TC {
         (packet, transport) = replay::again(env, view, &packet, &transport)?;
         tunnel = env.forget(tunnel);
     }
@@ -132,7 +145,7 @@ fn plan<'e, P: Form, E: Env>(
 /// The tunnel end, and the packet inside.
 ///
 /// # Errors
-/// `Fragment`, `IpOptions` (pass), and those of [`source`] and [`inside`].
+/// `Fragment`, `IpOptions`, `SuperFrame` (pass), and those of [`source`] and [`inside`].
 #[inline(always)]
 pub(crate) fn open<'f, P: Form, E: Env>(
     env: &E,
@@ -150,7 +163,12 @@ pub(crate) fn open<'f, P: Form, E: Env>(
     let payload = link.l3.skip(ip.l3.header_len());
     let (index, vtep, room) = source::<P, E>(env, settings, ip, payload)?;
     let inner = payload.skip(size_of::<Udp>() + size_of::<Vxlan>());
-    Ok((index, inside::<P, E>(env, link, ip, inner, vtep, room)?))
+    let packet = inside::<P, E>(env, link, ip, inner, vtep, room)?;
+    if P::TC && link.l3.segment() != 0 {
+        // The kernel's helpers leave the marks of a tunnel on merged segments.
+        return Err(Reason::SuperFrame.into());
+    }
+    Ok((index, packet))
 }
 
 #[inline(always)]
@@ -337,7 +355,8 @@ fn deliver<'e, P: Form, E: Env>(
     }
     let inside = replay::address(&door, packet, false, Be16::new(0));
     let (reason, owner) = (Reason::DecapLocal, Owner::NONE);
-    Ok(Departure { door, cut: packet.cut_for(&door), tags: None, inside, reason, owner, ecn })
+    let sums = Sums::of_header(packet, &door, ecn == 0);
+    Ok(Departure { door, cut: packet.cut_for(&door), tags: None, inside, reason, owner, ecn, sums })
 }
 
 /// Whether the packet is the reply to a request that TC translated, or may concern one: an ICMP error.
@@ -507,17 +526,21 @@ fn replay_flow<'e, P: Form, E: Env>(
     let tags = (P::GENERAL && tagged).then_some(field!(r, FlowRecord, reply_tags));
     packet.mark();
     rewrite.write(&packet.ip, transport, door.takes_hop());
-    rewrite.write_checksum(packet.ip.proto, transport);
+    if !P::TC {
+        rewrite.write_checksum(packet.ip.proto, transport);
+    }
     let inside = replay::address(&door, packet, !P::GENERAL, port);
     replay::touch(env, settings, scratch, found, transport.flags, is_reply);
     if !found.is_still_there() {
         return Err(stop(Reason::FlowChanged));
     }
     if parse::is_first_fragment::<P, E>(env) {
-        fragment::note(env, scratch, Hook::Xdp, found, is_reply);
+        fragment::note(env, scratch, P::UPLINK, found, is_reply);
     }
     let reason = reason(is_reply, packet, exit);
-    Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner, ecn: 0 })
+    let (cut, ecn) = (packet.cut_for(&door), 0);
+    let sums = Sums::of_rewrite(packet, &door, &rewrite);
+    Ok(Departure { door, cut, tags, inside, reason, owner, ecn, sums })
 }
 
 /// What a translated packet is counted as.
@@ -539,29 +562,29 @@ fn reason(is_reply: bool, packet: &Located<'_>, exit: At<'_, Exit>) -> Reason {
 /// `Fragment` (pass); `FragmentOrphan`, `TunnelChanged`, `Martian`, `FlowChanged` (drop), and those
 /// of [`replay::open`].
 #[inline(always)]
-fn follow<'e, E: Env>(
+fn follow<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     view: View<'_>,
 ) -> Step<Departure<'e>> {
-    let (link, ip) = parse::ethernet::<Later, E>(env, view)?;
+    let (link, ip) = parse::ethernet::<P, E>(env, view)?;
     if field!(link.first, Ethernet, dst).get().is_group() {
         return Err(Reason::Group.into());
     }
     let (mut tunnel, mut cut, mut tags, mut ecn) = (0, 0, link.tags, 0);
     let (mut v4, mut len, mut hop_limit) = (ip.l3.is_v4(), ip.len, ip.hop_limit);
     if ip.opaque.is_none() {
-        let outer = parse::transport::<Later, E>(env, link.l3, &ip)?;
+        let outer = parse::transport::<P, E>(env, link.l3, &ip)?;
         if ip.proto != IPPROTO_UDP || !is_vxlan(settings, outer.dst) {
             return Err(Reason::Fragment.into());
         }
-        let (vtep, inner) = open::<Later, E>(env, settings, &link, &ip)?;
+        let (vtep, inner) = open::<P, E>(env, settings, &link, &ip)?;
         (tunnel, cut, tags, ecn) = (vtep, inner.cut, inner.tags, inner.ecn);
         (v4, len, hop_limit) = (inner.ip.l3.is_v4(), inner.ip.len, inner.ip.hop_limit);
     }
     let packet = replay::locate(env, view, v4, cut, tags, len, hop_limit, ecn)?;
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
-    let fate = fragment::find(env, settings, scratch, Hook::Xdp);
+    let fate = fragment::find(env, settings, scratch, P::UPLINK);
     if fate != fragment_fate::REQUEST && fate != fragment_fate::REPLY {
         let orphan = fate == fragment_fate::NONE && fragment::is_ours(env, &packet.ip.l3.dst());
         return Err(if orphan { Reason::FragmentOrphan } else { Reason::Fragment }.into());
@@ -637,7 +660,9 @@ fn replay_later<'e, E: Env>(
         return Err(stop(Reason::FlowChanged));
     }
     let reason = reason(is_reply, packet, exit);
-    Ok(Departure { door, cut: packet.cut_for(&door), tags, inside, reason, owner, ecn: 0 })
+    let (cut, ecn) = (packet.cut_for(&door), 0);
+    let sums = Sums::of_addresses(packet, &door, &rewrite);
+    Ok(Departure { door, cut, tags, inside, reason, owner, ecn, sums })
 }
 
 /// Whether a reply leaves with VLAN tags: those of its connection's requests.

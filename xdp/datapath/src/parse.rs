@@ -13,10 +13,11 @@ use crate::wire::{
     FRAGMENT_MASK, FRAGMENT_MASK_V6, Ipv4, Ipv6, NEXT_HEADER_FRAGMENT, NEXT_HEADER_HOP_BY_HOP,
     NEXT_HEADER_ROUTING, OFFSET_MASK, Ports, Tcp, Udp, is_extension_header, is_followed,
 };
+use core::marker::PhantomData;
 use core::mem::offset_of;
 use sluice_abi::{
-    Addr, Be16, Be32, Family, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Lane, Reason,
-    Scratch, fragment_part,
+    Addr, Be16, Be32, Family, Hook, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Lane,
+    Reason, Scratch, fragment_part,
 };
 
 /// The network header in the packet.
@@ -72,6 +73,11 @@ pub trait Form {
     const GENERAL: bool;
     /// Fragments behind the first are followed, and nothing else is.
     const LATER: bool = false;
+    /// The packet is the kernel's (TC): its checksums may be still to be filled in, several segments
+    /// may have been merged into it, and its outermost VLAN tag is not in it.
+    const TC: bool = false;
+    /// The hook of the uplink's programs of this form.
+    const UPLINK: Hook = if Self::TC { Hook::TcNode } else { Hook::Xdp };
 
     /// The program that goes on with what this one stops on.
     fn lane(reason: Reason) -> Option<Lane>;
@@ -125,6 +131,25 @@ impl Form for Later {
     #[inline(always)]
     fn lane(_reason: Reason) -> Option<Lane> {
         None
+    }
+}
+
+/// The form `P` of a packet that the kernel has already taken.
+#[derive(Clone, Copy, Debug)]
+pub struct AtTc<P>(PhantomData<P>);
+
+impl<P: Form> Form for AtTc<P> {
+    const GENERAL: bool = P::GENERAL;
+    const LATER: bool = P::LATER;
+    const TC: bool = true;
+
+    #[inline(always)]
+    fn lane(reason: Reason) -> Option<Lane> {
+        match reason {
+            // What is inside a tag belongs to the kernel's VLAN device.
+            Reason::Vlan => None,
+            reason => P::lane(reason),
+        }
     }
 }
 

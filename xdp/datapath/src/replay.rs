@@ -49,6 +49,24 @@ impl Located<'_> {
         }
     }
 
+    /// Bytes of the largest IP packet that leaves: the packet, or one of the segments that were merged
+    /// into it, which are cut apart again behind us.
+    #[inline(always)]
+    fn largest(&self) -> u32 {
+        let payload = self.l3.segment();
+        if payload == 0 {
+            return self.ip.len;
+        }
+        let l4 = self.l3.skip(self.ip.header_len as usize & 0x1ff);
+        let header = match l4.at::<Tcp>() {
+            Some(tcp) if self.ip.proto == IPPROTO_TCP => {
+                (field!(tcp, Tcp, data_offset).get() >> 4) as u32 * 4
+            }
+            _ => size_of::<Udp>() as u32,
+        };
+        self.ip.header_len + header + payload
+    }
+
     /// Bytes to be cut off in front for a way out.
     #[inline(always)]
     pub fn cut_for(&self, door: &Door<'_>) -> u32 {
@@ -361,7 +379,7 @@ pub fn open<'e, E: Env>(
         return Door::closed(Reason::NextHopUnresolved);
     }
     let mtu = field!(hop, NextHop, mtu).get();
-    if packet.ip.len + outer > mtu {
+    if packet.largest() + outer > mtu {
         if let Some(scratch) = env.scratch() {
             let stopped = field!(scratch, Scratch, stopped);
             field!(stopped, Stopped, mtu).set(mtu.saturating_sub(outer));
@@ -397,7 +415,11 @@ pub fn open_pod<'e, E: Env>(
 /// The kernel's vxlan device behind a VTEP, 0 if there is none.
 #[inline(always)]
 pub fn tunnel_device<E: Env>(env: &E, vtep: u32) -> u32 {
-    let Some(vtep) = env.vtep(vtep) else { return 0 };
+    env.vtep(vtep).map_or(0, |vtep| device_of(env, vtep))
+}
+
+#[inline(always)]
+fn device_of<E: Env>(env: &E, vtep: At<'_, Vtep>) -> u32 {
     match env.tunnel(field!(vtep, Vtep, tunnel).get()) {
         Some(tunnel) => field!(tunnel, Tunnel, ifindex).get(),
         None => 0,
@@ -421,6 +443,87 @@ pub struct Departure<'e> {
     pub owner: Owner,
     /// Bits of the inner ECN field that are still to be changed.
     pub ecn: u32,
+    /// What is left for the frame to do about sums; at TC alone.
+    pub sums: Sums,
+}
+
+/// What a changed packet owes to its sums that only the frame can pay: TC updates the transport
+/// checksum by the kernel's helper (docs/adr/0006), and tells it what no checksum makes up for.
+#[derive(Clone, Copy)]
+pub struct Sums {
+    /// Place of the transport checksum in the frame as it came, 0 if it stays.
+    at: u32,
+    /// The transport is UDP: no checksum stays none.
+    udp: bool,
+    /// What the addresses add to the transport checksum.
+    addresses: u16,
+    /// What the ports add.
+    ports: u16,
+    /// What the packet's bytes add to a sum of all of them.
+    packet: u16,
+}
+
+impl Sums {
+    /// No more than the IP header changed; its ECN field perhaps not yet.
+    #[inline(always)]
+    pub fn of_header(packet: &Located<'_>, door: &Door<'_>, marked: bool) -> Self {
+        let packet = header_delta(packet, door.takes_hop(), marked).fold();
+        Self { at: 0, udp: false, addresses: 0, ports: 0, packet }
+    }
+
+    /// Addresses and ports changed.
+    #[inline(always)]
+    pub fn of_rewrite(packet: &Located<'_>, door: &Door<'_>, rewrite: &Rewrite<'_>) -> Self {
+        let udp = packet.ip.proto == IPPROTO_UDP;
+        let front = packet.cut + packet.tags + size_of::<Ethernet>() as u32;
+        let at = front + packet.ip.header_len + checksum_offset(packet.ip.proto) as u32;
+        let addresses = rewrite.addresses;
+        let ports = port_delta(rewrite.transport, addresses);
+        Self { at, udp, addresses, ports, ..Self::of_header(packet, door, true) }
+    }
+
+    /// Addresses changed, and there is no transport header to make up for them.
+    #[inline(always)]
+    pub fn of_addresses(packet: &Located<'_>, door: &Door<'_>, rewrite: &Rewrite<'_>) -> Self {
+        let mut delta = header_delta(packet, door.takes_hop(), true);
+        if !packet.ip.l3.is_v4() {
+            delta = delta.add16(rewrite.addresses);
+        }
+        Self { at: 0, udp: false, addresses: 0, ports: 0, packet: delta.fold() }
+    }
+
+    /// Pays. False if the frame does not take it; places in it are void afterwards.
+    #[inline(always)]
+    fn settle<F: Frame>(&self, frame: &mut F) -> bool {
+        let at = self.at as usize;
+        if at != 0 && !frame.transport_checksum(at, self.addresses, self.ports, self.udp) {
+            return false;
+        }
+        if self.packet != 0 {
+            frame.packet_sum(self.packet);
+        }
+        true
+    }
+}
+
+/// What hop limit and ECN field add to the sum of the packet's bytes. IPv4's header checksum makes up
+/// for them.
+#[inline(always)]
+fn header_delta(packet: &Located<'_>, hop: bool, marked: bool) -> Sum {
+    let word = |high: u8, low: u8| u16::from_ne_bytes([high, low]);
+    let mut sum = Sum::default();
+    let L3::V6(at) = packet.ip.l3 else { return sum };
+    if hop {
+        sum = sum.add16(word(0, packet.ip.hop_limit.wrapping_sub(1)));
+        sum = sum.sub16(word(0, packet.ip.hop_limit));
+    }
+    if packet.ecn != 0 {
+        let now = (field!(at, Ipv6, version_class_flow).get().host() >> 16) as u8 & 0x30;
+        let bits = (packet.ecn as u8) << 4;
+        let (old, new) = if marked { (now ^ bits, now) } else { (now, now ^ bits) };
+        sum = sum.sub16(word(0, old)).add16(word(0, new));
+    }
+    sum
 }
 
 /// Whether the plain form knows all that outer headers need.
@@ -468,7 +571,14 @@ pub fn address(door: &Door<'_>, packet: &Located<'_>, summed: bool, port: Be16) 
 /// # Errors
 /// `NoMetadata` (pass); `HeadRoom` (drop).
 #[inline(always)]
-pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Step<Verdict> {
+pub fn leave<P: Form, E: Env, F: Frame>(
+    env: &E,
+    frame: &mut F,
+    departure: &Departure<'_>,
+) -> Step<Verdict> {
+    if P::TC {
+        return leave_tc::<P, E, F>(env, frame, departure);
+    }
     let stop = Stop { reason: Reason::HeadRoom, service: departure.owner.service };
     let cut = departure.cut as i32;
     let door = departure.door;
@@ -502,6 +612,57 @@ pub fn leave<P: Form, F: Frame>(frame: &mut F, departure: &Departure<'_>) -> Ste
         return Err(stop);
     }
     let action = if door.takes_hop() { out_of(frame, door.ifindex) } else { Action::Pass };
+    Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
+}
+
+/// The same at TC: there is no mark, because the packet is handed over here, and what the kernel's
+/// helpers cannot encapsulate the kernel's vxlan device does.
+///
+/// # Errors
+/// `HeadRoom`, `FlowChanged` (drop).
+#[inline(always)]
+fn leave_tc<P: Form, E: Env, F: Frame>(
+    env: &E,
+    frame: &mut F,
+    departure: &Departure<'_>,
+) -> Step<Verdict> {
+    let stop = |reason| Stop { reason, service: departure.owner.service };
+    let (door, cut) = (departure.door, departure.cut);
+    let mut inside = departure.inside;
+    if !departure.sums.settle(frame) {
+        return Err(stop(Reason::FlowChanged));
+    }
+    let mut whole = frame.segment() == 0;
+    if P::GENERAL && door.is_tunnel_v6() && whole {
+        // A checksum that is still to be filled in would be summed up as it is now.
+        whole = departure.sums.at == 0 || !frame.is_checksum_pending(departure.sums.at);
+        let len = size_of::<Ethernet>() as u32 + inside.ip_len;
+        inside.sum = frame.sum(cut, len);
+    }
+    if cut != 0 && !frame.adjust_head(cut as i32) {
+        return Err(stop(Reason::HeadRoom));
+    }
+    if departure.ecn != 0 {
+        change_ecn_of_frame(frame.view(), departure.ecn);
+    }
+    let mut action = match (door.takes_hop(), door.ifindex) {
+        (true, ifindex) => Action::Redirect(ifindex),
+        (false, 0) => Action::Pass,
+        (false, device) => Action::Receive(device),
+    };
+    if let (Some(vtep), Some(dst), Some(src)) = (door.vtep, door.dst_mac, door.src_mac) {
+        let v4 = encap::outer_len(vtep) == encap::OUTER_V4;
+        let wrapped = whole && frame.wrap(encap::outer_len(vtep), v4);
+        if !wrapped {
+            let device = device_of(env, vtep);
+            if device == 0 {
+                return Err(stop(Reason::HeadRoom));
+            }
+            action = Action::Redirect(device);
+        } else if !encap::write(frame, vtep, dst, src, &inside) {
+            return Err(stop(Reason::HeadRoom));
+        }
+    }
     Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
 }
 

@@ -4,6 +4,7 @@
 //! |--------------|------|-----------------------------------------------------------------|
 //! | `xdp_node`   | XDP  | uplinks                                                         |
 //! | `tc_uplink`  | TC   | ingress of uplinks: receives what XDP handed over               |
+//! | `tc_node`    | TC   | ingress of uplinks without XDP: does what `xdp_node` does       |
 //! | `tc_ingress` | TC   | ingress of the host sides of pods                               |
 //! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
 //! | `*_general`  | both | reached by a tail call from the above: headers of any length    |
@@ -29,9 +30,11 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
-use skb::{GENERAL_HEADERS, HEADERS, ICMP_HEADERS};
+use skb::{
+    GENERAL_HEADERS, HEADERS, ICMP_HEADERS, NODE_GENERAL_HEADERS, NODE_HEADERS, NODE_ICMP_HEADERS,
+};
 use sluice_abi::{Hook, Trap};
-use sluice_datapath::parse::{Form, General, Later, Plain};
+use sluice_datapath::parse::{AtTc, Form, General, Later, Plain};
 use sluice_datapath::verdict::Action;
 use sluice_datapath::{answer, icmp, ingress, tc};
 
@@ -56,7 +59,7 @@ pub fn xdp_general(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 pub fn xdp_icmp(ctx: XdpContext) -> u32 {
     let mut frame = xdp::XdpFrame::<true>::new(ctx.ctx);
-    leave(icmp::xdp(&Kernel, &mut frame).action)
+    leave(icmp::uplink::<General, _, _>(&Kernel, &mut frame).action)
 }
 
 /// Goes on where `xdp_general` stops at fragments behind the first.
@@ -107,6 +110,56 @@ pub fn tc_uplink(ctx: TcContext) -> i32 {
         Some(ifindex) => (unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) }) as i32,
         None => TC_NEXT,
     }
+}
+
+/// Ingress of an uplink without XDP.
+#[classifier]
+pub fn tc_node(ctx: TcContext) -> i32 {
+    tc_up::<Plain>(ctx, NODE_HEADERS)
+}
+
+/// Goes on where `tc_node` stops at options or extension headers.
+#[classifier]
+pub fn tc_node_general(ctx: TcContext) -> i32 {
+    tc_up::<General>(ctx, NODE_GENERAL_HEADERS)
+}
+
+/// Goes on where `tc_node_general` stops at fragments behind the first.
+#[classifier]
+pub fn tc_node_fragment(ctx: TcContext) -> i32 {
+    tc_up::<Later>(ctx, NODE_GENERAL_HEADERS)
+}
+
+/// Goes on where the above stop at ICMP.
+#[classifier]
+pub fn tc_node_icmp(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(NODE_ICMP_HEADERS) {
+        return TC_NEXT;
+    }
+    exit(icmp::uplink::<AtTc<General>, _, _>(&Kernel, &mut frame).action)
+}
+
+/// Answers what `tc_node` and `tc_node_general` cannot let go on.
+#[classifier]
+pub fn tc_node_answer(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !frame.pull(NODE_GENERAL_HEADERS) {
+        return TC_NEXT;
+    }
+    exit(answer::answer(&Kernel, &mut frame, Hook::TcNode).action)
+}
+
+#[inline(always)]
+fn tc_up<P: Form>(ctx: TcContext, headers: u32) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if !P::GENERAL && frame.is_tagged() {
+        return exit(ingress::tagged(&Kernel, &frame).action);
+    }
+    if !frame.pull(headers) {
+        return TC_NEXT;
+    }
+    exit(ingress::xdp::<AtTc<P>, _, _>(&Kernel, &mut frame).action)
 }
 
 /// Ingress of the host sides of pods.

@@ -12,6 +12,7 @@ use aya_ebpf::programs::TcContext;
 use sluice_abi::{Hook, Lane};
 use sluice_datapath::access::Frame;
 use sluice_datapath::parse::{MAX_EXTENSION_BYTES, TAG_LEN};
+use sluice_datapath::wire::{ETHERTYPE_IPV4, Ethernet, Vxlan};
 
 /// `BPF_F_PSEUDO_HDR`: the difference is in the pseudo header (kernel include/uapi/linux/bpf.h).
 const BPF_F_PSEUDO_HDR: u64 = 1 << 4;
@@ -19,10 +20,33 @@ const BPF_F_PSEUDO_HDR: u64 = 1 << 4;
 const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
 /// Behind the IP header (kernel include/uapi/linux/bpf.h, `enum bpf_adj_room_mode`).
 const BPF_ADJ_ROOM_NET: u32 = 0;
+/// Behind the Ethernet header.
+const BPF_ADJ_ROOM_MAC: u32 = 1;
+/// Segments keep their size (kernel include/uapi/linux/bpf.h, as all flags here).
+const BPF_F_ADJ_ROOM_FIXED_GSO: u64 = 1;
+/// What comes in front is IPv4, IPv6.
+const BPF_F_ADJ_ROOM_ENCAP_L3_IPV4: u64 = 1 << 1;
+const BPF_F_ADJ_ROOM_ENCAP_L3_IPV6: u64 = 1 << 2;
+/// And UDP, with an Ethernet header behind it.
+const BPF_F_ADJ_ROOM_ENCAP_L4_UDP: u64 = 1 << 4;
+const BPF_F_ADJ_ROOM_ENCAP_L2_ETH: u64 = 1 << 6;
+/// Bytes of headers between UDP's and the inner IP header: VXLAN's and Ethernet's.
+const BPF_ADJ_ROOM_ENCAP_L2_SHIFT: u64 = 56;
+/// What remains is IPv4, IPv6, and was the other one (kernel 6.3).
+const BPF_F_ADJ_ROOM_DECAP_L3_IPV4: u64 = 1 << 7;
+const BPF_F_ADJ_ROOM_DECAP_L3_IPV6: u64 = 1 << 8;
 /// Ethernet, IPv6 and TCP without options: what must lie in the linear part.
 pub const HEADERS: u32 = 14 + 40 + 20;
 /// The same with everything that the general form follows.
 pub const GENERAL_HEADERS: u32 = HEADERS + 2 * TAG_LEN + MAX_EXTENSION_BYTES;
+/// Headers of an uplink's packet, which may be in a tunnel: outer Ethernet, IPv6, UDP and VXLAN.
+const OUTER: u32 = 14 + 40 + 8 + 8;
+/// Plain headers of an uplink's packet.
+pub const NODE_HEADERS: u32 = OUTER + HEADERS;
+/// The same with everything that the general form follows; outside the tunnel that is less.
+pub const NODE_GENERAL_HEADERS: u32 = OUTER + GENERAL_HEADERS;
+/// The same with an ICMP error.
+pub const NODE_ICMP_HEADERS: u32 = OUTER + ICMP_HEADERS;
 /// The same up to the end of the headers that an ICMP error quotes.
 pub const ICMP_HEADERS: u32 =
     14 + 40 + 2 * TAG_LEN + MAX_EXTENSION_BYTES + sluice_datapath::icmp::MAX_BYTES;
@@ -49,6 +73,51 @@ impl SkbFrame {
         // SAFETY: `HandOver` lies between `data_meta` and `data`, as was just checked.
         let mark = unsafe { meta.cast::<HandOver>().read() };
         (mark.magic == HAND_OVER_MAGIC).then_some(mark.ifindex)
+    }
+
+    /// Whether a VLAN tag stands beside the packet (kernel net/core/dev.c, `skb_vlan_untag`).
+    #[inline(always)]
+    pub fn is_tagged(&self) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        unsafe { (&raw const (*self.0).vlan_present).read_volatile() != 0 }
+    }
+
+    /// The Ethernet header at `at`, in words: they lie aligned on the stack.
+    #[inline(always)]
+    fn link(&self, at: usize) -> Option<(u64, u32, u16)> {
+        let view = self.view().skip(at & 0x7f);
+        let (a, b, c) = (view.at::<u64>()?, view.skip(8).at::<u32>()?, view.skip(12).at::<u16>()?);
+        Some((a.get(), b.get(), c.get()))
+    }
+
+    #[inline(always)]
+    fn set_link(&self, at: usize, (a, b, c): (u64, u32, u16)) -> bool {
+        let view = self.view().skip(at & 0x7f);
+        let places = (view.at::<u64>(), view.skip(8).at::<u32>(), view.skip(12).at::<u16>());
+        let (Some(at_a), Some(at_b), Some(at_c)) = places else { return false };
+        at_a.set(a);
+        at_b.set(b);
+        at_c.set(c);
+        true
+    }
+
+    /// Cuts bytes off in front: those behind the outermost Ethernet header, over which the one that is
+    /// then the outermost is written.
+    #[inline(always)]
+    fn cut_head(&mut self, bytes: u32) -> bool {
+        let (Some(old), Some(link)) = (self.link(0), self.link(bytes as usize)) else {
+            return false;
+        };
+        let other = match link.2 {
+            same if same == old.2 => 0,
+            ethertype if ethertype == ETHERTYPE_IPV4.raw() => BPF_F_ADJ_ROOM_DECAP_L3_IPV4,
+            _ => BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
+        };
+        let by = (bytes as i32).wrapping_neg();
+        let flags = BPF_F_ADJ_ROOM_FIXED_GSO | other;
+        // SAFETY: the context is valid while the program runs.
+        let cut = unsafe { bpf_skb_adjust_room(self.0, by, BPF_ADJ_ROOM_MAC, flags) == 0 };
+        cut && self.set_link(0, link)
     }
 
     /// Makes the first `headers` bytes linear and writable. False if the packet is too odd for that.
@@ -87,9 +156,30 @@ unsafe impl Frame for SkbFrame {
     }
     #[inline(always)]
     fn adjust_head(&mut self, delta: i32) -> bool {
-        // More room only: the kernel has no other.
+        if delta > 0 {
+            return self.cut_head(delta as u32);
+        }
         // SAFETY: the context is valid while the program runs.
-        delta < 0 && unsafe { bpf_skb_change_head(self.0, delta.wrapping_neg() as u32, 0) == 0 }
+        unsafe { bpf_skb_change_head(self.0, delta.wrapping_neg() as u32, 0) == 0 }
+    }
+    #[inline(always)]
+    fn segment(&self) -> u32 {
+        // SAFETY: as in `start`.
+        unsafe { (&raw const (*self.0).gso_size).read_volatile() }
+    }
+    #[inline(always)]
+    fn wrap(&mut self, len: u32, v4: bool) -> bool {
+        const L2: u64 = (size_of::<Vxlan>() + size_of::<Ethernet>()) as u64;
+        let Some(link) = self.link(0) else { return false };
+        let l3 = if v4 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
+        let flags = BPF_F_ADJ_ROOM_FIXED_GSO
+            | BPF_F_ADJ_ROOM_ENCAP_L4_UDP
+            | BPF_F_ADJ_ROOM_ENCAP_L2_ETH
+            | L2 << BPF_ADJ_ROOM_ENCAP_L2_SHIFT
+            | l3;
+        // SAFETY: the context is valid while the program runs.
+        let made = unsafe { bpf_skb_adjust_room(self.0, len as i32, BPF_ADJ_ROOM_MAC, flags) == 0 };
+        made && self.set_link(len as usize, link)
     }
     #[inline(always)]
     fn cut_tail(&mut self, bytes: u32) -> bool {
