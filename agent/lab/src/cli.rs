@@ -115,6 +115,8 @@ enum AgentArg {
     Native,
     /// `sluice run`, XDP on the kernel's packet buffer.
     Generic,
+    /// `sluice run` without XDP, at TC.
+    Tc,
     /// `sluice run`, mode chosen by it.
     Auto,
 }
@@ -275,6 +277,7 @@ fn up(args: &UpArgs, context: &LabContext) -> Result<ExitCode, LabError> {
         AgentArg::None => None,
         AgentArg::Native => Some(Mode::Native),
         AgentArg::Generic => Some(Mode::Generic),
+        AgentArg::Tc => Some(Mode::Tc),
         AgentArg::Auto => Some(Mode::Auto),
     };
     if let (Some(mode), Some(node)) = (mode, spec.nodes.first_mut()) {

@@ -196,6 +196,9 @@ fn check_attached(lab: &Lab, mode: Mode) -> Result<(), LabError> {
         Mode::Generic
     } else if shown.contains(" xdp ") {
         Mode::Native
+    } else if mode == Mode::Tc {
+        // iproute2 does not know TCX; the rows tell whether anybody is there.
+        Mode::Tc
     } else {
         return Err(wrong_mode(lab, &format!("left {UPLINK} without an XDP program")));
     };

@@ -84,6 +84,8 @@ pub enum Mode {
     Native,
     /// On the kernel's packet buffer (SKB).
     Generic,
+    /// Without XDP, at TC.
+    Tc,
     /// What the agent chooses.
     Auto,
 }
@@ -94,6 +96,7 @@ impl Mode {
         match self {
             Self::Native => "native",
             Self::Generic => "generic",
+            Self::Tc => "tc",
             Self::Auto => "auto",
         }
     }

@@ -89,6 +89,72 @@ fn forced_mode_is_obeyed_and_a_changed_one_moves_the_link() {
     });
 }
 
+/// The pinned links of `up0` by program.
+fn programs_of_up0(node: &Node) -> Vec<String> {
+    let mut names: Vec<String> = link_pins(&node.pin_dir)
+        .into_iter()
+        .filter_map(|(path, _)| {
+            let name = path.file_name()?.to_string_lossy().into_owned();
+            Some(name.strip_prefix("link-")?.strip_suffix("-up0")?.to_owned())
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn tc_mode_has_one_program_at_ingress_and_no_xdp() {
+    in_namespace(|node| {
+        veth();
+        let mut attacher = start(node, Mode::Native);
+        assert_eq!(programs_of_up0(node), ["tc_egress", "tc_uplink", "xdp_node"]);
+        let wanted = [(link("up0"), Role::Uplink)];
+        attacher.reconcile(&wanted, |_| Mode::Tc);
+        let attached = &attacher.interfaces()["up0"];
+        assert_eq!(attached.mode, Rung::Tc, "{attached:?}");
+        assert!(attached.tc_ingress && attached.tc_egress && attached.refusals.is_empty());
+        assert!(link("up0").xdp.is_empty());
+        assert_eq!(programs_of_up0(node), ["tc_egress", "tc_node"]);
+        attacher.reconcile(&wanted, |_| Mode::Native);
+        assert_eq!(attacher.interfaces()["up0"].mode, Rung::Native);
+        assert_eq!(programs_of_up0(node), ["tc_egress", "tc_uplink", "xdp_node"]);
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let (_, programs) = SchedClassifier::query_tcx("up0", side).unwrap();
+            assert_eq!(programs.len(), 1, "{side:?}");
+        }
+    });
+}
+
+#[test]
+fn tc_links_outlive_the_agent_are_taken_over_and_go_with_cleanup() {
+    in_namespace(|node| {
+        veth();
+        let ingress = || {
+            let (_, programs) = SchedClassifier::query_tcx("up0", TcAttachType::Ingress).unwrap();
+            let [program] = programs.as_slice() else { panic!("{} programs", programs.len()) };
+            let (path, _) = link_pins(&node.pin_dir)
+                .into_iter()
+                .find(|(p, _)| p.to_string_lossy().contains("tc_node"))
+                .unwrap();
+            let link = FdLink::from(PinnedLink::from_pin(path).unwrap()).info().unwrap();
+            assert_eq!(link.program_id(), program.id());
+            (link.id(), program.id())
+        };
+        drop(start(node, Mode::Tc));
+        let (link_before, program_before) = ingress();
+        let attacher = start(node, Mode::Tc);
+        let (link_after, program_after) = ingress();
+        assert_eq!(link_before, link_after, "a new link was made");
+        assert_ne!(program_before, program_after, "the program was not replaced");
+        drop(attacher);
+        remove_pins(&node.pin_dir).unwrap();
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let (_, programs) = SchedClassifier::query_tcx("up0", side).unwrap();
+            assert!(programs.is_empty(), "{side:?}");
+        }
+    });
+}
+
 #[test]
 fn obstacle_takes_xdp_off_and_its_end_puts_it_back() {
     in_namespace(|node| {

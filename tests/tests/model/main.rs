@@ -73,13 +73,14 @@ fn packets_in_sequence_are_lawful_on_host_and_kernel() {
 }
 
 /// Reasons that no sequence leads to, and why.
-const ELSEWHERE: [(&str, &str); 8] = [
+const ELSEWHERE: [(&str, &str); 9] = [
     ("head_room", "the driver's doing"),
     ("no_metadata", "the driver's doing"),
     ("flow_changed", "another CPU's doing"),
     ("echo_limited", "takes more packets than a case has"),
     ("flow_table_full", "takes sixteen clients of one set"),
     ("not_linear", "takes a frame in several buffers"),
+    ("super_frame", "takes segments that were merged on arrival"),
     ("jumbogram", "a header that is not drawn"),
     ("no_lane", "takes a program that is not in its place"),
 ];

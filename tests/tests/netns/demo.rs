@@ -25,6 +25,14 @@ fn demo_passes_in_native_and_in_generic_mode() {
 }
 
 #[test]
+fn demo_passes_at_tc() {
+    let (success, report) = demo(&["--mode", "tc"]);
+    assert_eq!(report["pass"], true, "{report:#}");
+    assert!(success, "exit status");
+    assert_eq!(report["rows"].as_array().map(Vec::len), Some(26));
+}
+
+#[test]
 fn demo_with_the_program_detached_fails() {
     let (success, report) = demo(&["--detach", "--mode", "native"]);
     assert_eq!(report["pass"], false, "{report:#}");

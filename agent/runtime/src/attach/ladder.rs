@@ -20,6 +20,13 @@ impl Attacher {
         refusals: &mut Vec<Refusal>,
     ) -> Rung {
         let path = link_path(self.pins.dir(), XDP, &link.name);
+        if mode == Mode::Tc {
+            self.held.remove(&path);
+            if let Err(e) = remove_links(&[path]) {
+                tracing::warn!("{e}");
+            }
+            return Rung::None;
+        }
         if let Some(obstacle) = self.obstacles.get(&link.name) {
             refusals.push(Refusal {
                 rung: forced(mode).unwrap_or(Rung::Native).label().to_owned(),
@@ -48,6 +55,7 @@ impl Attacher {
             Mode::Offload => &[Rung::Offload],
             Mode::Native => &[Rung::Native],
             Mode::Generic => &[Rung::Generic],
+            Mode::Tc => &[],
             Mode::Auto if physical => &[Rung::Offload, Rung::Native],
             Mode::Auto => &[Rung::Offload, Rung::Native, Rung::Generic],
         };
@@ -151,6 +159,7 @@ const fn forced(mode: Mode) -> Option<Rung> {
         Mode::Auto => None,
         Mode::Native => Some(Rung::Native),
         Mode::Generic => Some(Rung::Generic),
+        Mode::Tc => Some(Rung::Tc),
         Mode::Offload => Some(Rung::Offload),
     }
 }

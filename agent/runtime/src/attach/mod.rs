@@ -1,9 +1,11 @@
 //! Loading the programs and putting them onto interfaces: pinned links, taken over at the next start.
 //!
 //! ```text
-//!  auto on a physical NIC:   offload ─► native ─► TC only
-//!  auto on a virtual one:    offload ─► native ─► generic ─► TC only
+//!  auto on a physical NIC:   offload ─► native ─► TC
+//!  auto on a virtual one:    offload ─► native ─► generic ─► TC
 //! ```
+//!
+//! At TC an uplink has `tc_node`, which does what `xdp_node` does elsewhere.
 //!
 //! Every rung that was refused keeps the errno, the reason and what would lift it. A program that is
 //! not ours is never touched. Leaving is not detaching: links and maps are pinned.
@@ -57,7 +59,7 @@ pub enum Rung {
     Native,
     /// In the stack.
     Generic,
-    /// XDP is refused; the TC programs do the work.
+    /// XDP is refused or not wanted: TC does its work.
     Tc,
     /// Nothing is attached.
     None,
@@ -128,8 +130,10 @@ pub struct Attached {
 }
 
 const XDP: &str = "xdp_node";
-/// TC ingress of uplinks.
+/// TC ingress of uplinks with XDP.
 const TC_UPLINK: &str = "tc_uplink";
+/// TC ingress of uplinks without XDP.
+const TC_NODE: &str = "tc_node";
 /// TC ingress of the host sides of pods.
 const TC_INGRESS: &str = "tc_ingress";
 const TC_EGRESS: &str = "tc_egress";
@@ -138,10 +142,11 @@ const CLOCK: &str = "xdp_clock";
 /// frames in several buffers.
 const JUMP_GENERIC: &str = "sl_jumpgen_v1";
 
-/// The program at TC ingress of an interface. None for the vxlan device: what XDP hands to it carries
+/// The program at TC ingress of an interface with XDP in this mode. None for the vxlan device: what XDP hands to it carries
 /// its mark on, and must not be handed over once more.
-fn tc_ingress(role: Role) -> Option<&'static str> {
+fn tc_ingress(role: Role, mode: Rung) -> Option<&'static str> {
     match role {
+        Role::Uplink if matches!(mode, Rung::Tc | Rung::None) => Some(TC_NODE),
         Role::Uplink => Some(TC_UPLINK),
         Role::Pod => Some(TC_INGRESS),
         Role::Tunnel => None,
@@ -193,7 +198,7 @@ impl Attacher {
         for name in [XDP, CLOCK] {
             load_xdp(&mut ebpf, name)?;
         }
-        for name in [TC_UPLINK, TC_INGRESS, TC_EGRESS] {
+        for name in [TC_UPLINK, TC_NODE, TC_INGRESS, TC_EGRESS] {
             tc(&mut ebpf, name)?
                 .load()
                 .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
@@ -370,7 +375,7 @@ impl Attacher {
         };
         xdp_here
             && (!known.tc_ingress
-                || tc_ingress(known.role)
+                || tc_ingress(known.role, known.mode)
                     .is_none_or(|name| self.tc_there(link, name, TcAttachType::Ingress)))
             && (!known.tc_egress || self.tc_there(link, TC_EGRESS, TcAttachType::Egress))
     }
@@ -398,6 +403,20 @@ impl Attacher {
         }
     }
 
+    /// Takes the program of the other modes off an uplink's TC ingress: a packet is one program's.
+    fn leave_other_ingress(&mut self, link: &Link, mode: Rung) {
+        for name in [TC_UPLINK, TC_NODE] {
+            let path = link_path(self.pins.dir(), name, &link.name);
+            if tc_ingress(Role::Uplink, mode) == Some(name) || !path.exists() {
+                continue;
+            }
+            self.held.remove(&path);
+            if let Err(e) = remove_links(&[path]) {
+                tracing::warn!("{e}");
+            }
+        }
+    }
+
     fn attach(&mut self, link: &Link, role: Role, mode: Mode) -> Attached {
         let mut attached = Attached {
             ifindex: link.ifindex,
@@ -411,11 +430,15 @@ impl Attacher {
             attached.mode = self.attach_xdp(link, mode, &mut attached.refusals);
         }
         // A forced mode that is refused is an error to be seen, not a reason for something else.
-        if role == Role::Uplink && attached.mode == Rung::None && mode != Mode::Auto {
+        let forced = !matches!(mode, Mode::Auto | Mode::Tc);
+        if role == Role::Uplink && attached.mode == Rung::None && forced {
             return attached;
         }
+        if role == Role::Uplink {
+            self.leave_other_ingress(link, attached.mode);
+        }
         for (name, side, done) in [
-            (tc_ingress(role), TcAttachType::Ingress, &mut attached.tc_ingress),
+            (tc_ingress(role, attached.mode), TcAttachType::Ingress, &mut attached.tc_ingress),
             (Some(TC_EGRESS), TcAttachType::Egress, &mut attached.tc_egress),
         ] {
             let Some(name) = name else { continue };

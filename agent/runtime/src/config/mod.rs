@@ -206,6 +206,8 @@ pub enum Mode {
     Native,
     /// In the stack only.
     Generic,
+    /// Without XDP: TC does its work.
+    Tc,
     /// On the NIC only.
     Offload,
 }
@@ -217,6 +219,7 @@ impl Mode {
             Mode::Auto => "auto",
             Mode::Native => "native",
             Mode::Generic => "generic",
+            Mode::Tc => "tc",
             Mode::Offload => "offload",
         }
     }
