@@ -41,27 +41,38 @@ pub struct CompareArgs {
 
 /// A report, as far as it is compared.
 #[derive(Debug, Deserialize)]
-struct Report {
+pub(super) struct Report {
     bench: String,
-    conditions: Value,
-    rows: Vec<Row>,
+    /// Under what it was made.
+    pub conditions: Value,
+    /// A path each.
+    pub rows: Vec<Row>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
-struct Row {
-    name: String,
-    family: Option<String>,
-    flows: Option<u32>,
+pub(super) struct Row {
+    /// The path.
+    pub name: String,
+    /// `v4` or `v6`; none of the floors.
+    pub family: Option<String>,
+    /// Connections that take turns; none when every packet is of a new one.
+    pub flows: Option<u32>,
+    /// None if the path could not be measured.
     #[serde(flatten)]
-    figures: Option<Figures>,
+    pub figures: Option<Figures>,
 }
 
-/// Ratios to F.
+/// Ratios to F, and nanoseconds beyond F.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
-struct Figures {
-    ratio: f64,
-    ratio_low: f64,
-    ratio_high: f64,
+pub(super) struct Figures {
+    /// Median of the rounds.
+    pub ratio: f64,
+    /// First quartile.
+    pub ratio_low: f64,
+    /// Third quartile.
+    pub ratio_high: f64,
+    /// Nanoseconds beyond F.
+    pub net: f64,
 }
 
 /// What the two reports say of one path.
@@ -101,7 +112,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<(String, ExitCode), BenchError> 
             problem: "give a factor of 1 or more, such as 1.1",
         });
     }
-    let (earlier, later) = (read(&args.earlier)?, read(&args.later)?);
+    let (earlier, later) = (Report::read(&args.earlier)?, Report::read(&args.later)?);
     let lines = lines(&earlier.rows, &later.rows, args.gate);
     let over = lines.iter().any(|line| line.over);
     let differing = differing(&earlier.conditions, &later.conditions);
@@ -122,14 +133,28 @@ pub(super) fn run(args: &CompareArgs) -> Result<(String, ExitCode), BenchError> 
     Ok((text, if over { ExitCode::FAILURE } else { ExitCode::SUCCESS }))
 }
 
-fn read(path: &Path) -> Result<Report, BenchError> {
-    let fail = |problem: String| BenchError::Report { path: path.to_owned(), problem };
-    let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
-    let report: Report = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
-    if report.bench != "progrun" {
-        return Err(fail(format!("a report of `{}`, which has no ratios to F", report.bench)));
+impl Report {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// When it is no report of `progrun`.
+    pub fn read(path: &Path) -> Result<Self, BenchError> {
+        let fail = |problem: String| BenchError::Report { path: path.to_owned(), problem };
+        let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+        Self::parse(&text).map_err(fail)
     }
-    Ok(report)
+
+    /// Reads the JSON of a report.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let report: Self = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        if report.bench != "progrun" {
+            return Err(format!("a report of `{}`, which has no ratios to F", report.bench));
+        }
+        Ok(report)
+    }
 }
 
 type Key = (String, Option<String>, Option<u32>);
@@ -284,7 +309,7 @@ mod tests {
             name: name.to_owned(),
             family: Some("v4".to_owned()),
             flows: Some(flows),
-            figures: Some(Figures { ratio, ratio_low: low, ratio_high: high }),
+            figures: Some(Figures { ratio, ratio_low: low, ratio_high: high, net: 0.0 }),
         }
     }
 

@@ -8,6 +8,7 @@
 //! `compare` reads two reports. The programs run by BPF_PROG_TEST_RUN on maps of their own; nothing is attached or pinned, and
 //! an agent on the same machine is not disturbed beyond the time that it takes.
 
+mod budget;
 mod compare;
 mod conditions;
 mod packet;
@@ -27,6 +28,7 @@ use clap::{Args, Subcommand};
 
 use crate::describe::causes;
 
+pub use budget::BudgetArgs;
 pub use compare::CompareArgs;
 pub use progrun::ProgrunArgs;
 pub use rig::{Rig, Sample};
@@ -53,6 +55,8 @@ enum BenchCommand {
     /// Ratios to F are compared, never nanoseconds. A change counts when the quartiles of the rounds
     /// lie apart and it is more than a tenth. With --gate the exit status tells whether a path became dearer.
     Compare(CompareArgs),
+    /// What a link could carry, and how much of it this machine's processors can handle.
+    Budget(BudgetArgs),
 }
 
 /// Why there is no measurement.
@@ -145,5 +149,6 @@ pub fn run(args: &BenchArgs) -> Result<(String, ExitCode), BenchError> {
     match &args.command {
         BenchCommand::Progrun(args) => progrun::run(args),
         BenchCommand::Compare(args) => compare::run(args),
+        BenchCommand::Budget(args) => budget::run(args),
     }
 }

@@ -67,6 +67,20 @@ enum FamilyName {
 }
 
 impl ProgrunArgs {
+    /// Few rounds of every path, with as many connections as are compared.
+    pub(super) fn short() -> Self {
+        Self {
+            rounds: 5,
+            repeat: 50_000,
+            flows: vec![4096],
+            family: None,
+            only: Vec::new(),
+            cpu: None,
+            object: None,
+            output: Output::Table,
+        }
+    }
+
     fn check(&self) -> Result<(), BenchError> {
         let wrong =
             |option, value: String, problem| Err(BenchError::Option { option, value, problem });
@@ -110,6 +124,20 @@ impl ProgrunArgs {
 }
 
 pub(super) fn run(args: &ProgrunArgs) -> Result<(String, ExitCode), BenchError> {
+    let report = measure(args)?;
+    let code = if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    let text = match args.output {
+        Output::Table => report.table(std::io::stdout().is_terminal()),
+        Output::Json => report.json(),
+    };
+    Ok((text, code))
+}
+
+/// Measures, with a bar on a terminal.
+///
+/// # Errors
+/// When nothing could be measured.
+pub(super) fn measure(args: &ProgrunArgs) -> Result<Report, BenchError> {
     args.check()?;
     let scenarios = Scenario::all(&args.kinds()?, args.families(), &args.flows);
     let mut sizes = Config::default().maps;
@@ -151,13 +179,7 @@ pub(super) fn run(args: &ProgrunArgs) -> Result<(String, ExitCode), BenchError> 
         }
     }
     bar.finish_and_clear();
-    let report = Report::new(conditions, rows);
-    let code = if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    let text = match args.output {
-        Output::Table => report.table(std::io::stdout().is_terminal()),
-        Output::Json => report.json(),
-    };
-    Ok((text, code))
+    Ok(Report::new(conditions, rows))
 }
 
 /// Keeps the calling thread on one processor, which it returns.
