@@ -68,12 +68,12 @@ fn report_has_conditions_and_ratios_to_the_floor_of_the_same_run() {
 }
 
 #[test]
-fn reports_are_compared_and_the_gate_tells_by_its_status() {
+fn reports_are_read_by_compare_and_budget() {
     let directory = tempfile::tempdir().expect("a directory");
     let report = |name: &str, ratio: f64| {
         let row = serde_json::json!({
             "name": "decap", "family": "v4", "flows": 1,
-            "ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1,
+            "ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1, "net": 9.0,
         });
         let text = serde_json::json!({"bench": "progrun", "conditions": {}, "rows": [row]});
         let path = directory.path().join(name);
@@ -94,6 +94,16 @@ fn reports_are_compared_and_the_gate_tells_by_its_status() {
     assert_eq!(report["rows"][0]["factor"], 1.5);
     assert_eq!(report["rows"][0]["over"], true);
     assert!(compare(&b, &a).status.success());
+    let budget = Command::new(env!("CARGO_BIN_EXE_sluice"))
+        .args(["bench", "budget", "--link", "10G", "--cores", "1", "--frame", "64"])
+        .args(["--driver-ns", "31", "--output", "json", "--report"])
+        .arg(&a)
+        .output()
+        .expect("sluice");
+    let report: Value = serde_json::from_slice(&budget.stdout).expect("JSON");
+    // 40 ns a packet are 25 million a second; 10G carry 9.33 million of 114 bytes and a gap.
+    assert_eq!(report["rows"][0]["cost_ns"], 40.0);
+    assert_eq!(report["rows"][0]["bottleneck"], "link");
     let missing = compare(&a, &directory.path().join("none.json"));
     assert!(String::from_utf8_lossy(&missing.stderr).contains("none.json"));
 }
