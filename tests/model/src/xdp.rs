@@ -133,8 +133,8 @@ fn decapsulate(
         Family::V6 => t.addr_v6,
     });
     let answer = own == Some(inner.dst()) && case.tables.is_vip(inner.src());
-    if !answer && !vtep.pod_nets.iter().any(|net| net.contains(inner.src())) {
-        return Err(Reason::InnerSource);
+    if !vtep.pod_nets.iter().any(|net| net.contains(inner.src())) {
+        return Err(if answer { Reason::InnerNotLocal } else { Reason::InnerSource });
     }
     let mut inner = inner;
     // What changes nothing writes nothing: a sum of zero has two forms.

@@ -262,7 +262,7 @@ fn inside<'f, P: Form, E: Env>(
         return Err(Reason::InnerNotLocal.into());
     }
     if !is_from(vtep, &ip) {
-        check_answer::<P, E>(env, vtep, &ip)?;
+        return Err(foreign(env, vtep, &ip).into());
     }
     let cut = (outer.l3.header_len() + OUTER_OVERHEAD) as u32 + outer_link.tags;
     let (outside, within) = (replay::ecn(outer), replay::ecn(&ip));
@@ -296,28 +296,24 @@ fn is_from(vtep: At<'_, Vtep>, ip: &Ip<'_>) -> bool {
     false
 }
 
-/// Whether a packet may be a Service's answer to this node itself, which asked through the tunnel. It
-/// comes from the Service's address, which is in nobody's pod CIDRs. Our pods' requests are translated
-/// on this node, so what comes to them from such an address is forged.
-///
-/// # Errors
-/// `InnerSource` (drop). `NoLane` (drop): the plain form does not look for Services.
+/// What becomes of a packet whose source is not the tunnel end's. It may be a Service's answer to this
+/// node itself, which asked through the tunnel: it comes from the Service's address, which is in
+/// nobody's pod CIDRs, and the kernel gets it. Our pods' requests are translated on this node, so what
+/// comes to them from such an address is forged.
 #[inline(always)]
-fn check_answer<P: Form, E: Env>(env: &E, vtep: At<'_, Vtep>, ip: &Ip<'_>) -> Step<()> {
-    let forged = Err(Reason::InnerSource.into());
-    let Some(tunnel) = env.tunnel(field!(vtep, Vtep, tunnel).get()) else { return forged };
+fn foreign<E: Env>(env: &E, vtep: At<'_, Vtep>, ip: &Ip<'_>) -> Reason {
+    let Some(tunnel) = env.tunnel(field!(vtep, Vtep, tunnel).get()) else {
+        return Reason::InnerSource;
+    };
     let own = if ip.l3.is_v4() {
         field!(tunnel, Tunnel, addr_v4)
     } else {
         field!(tunnel, Tunnel, addr_v6)
     };
-    if own.get() != ip.l3.dst() {
-        return forged;
+    if own.get() == ip.l3.dst() && fragment::is_vip(env, &ip.l3.src()) {
+        return Reason::InnerNotLocal;
     }
-    if !P::GENERAL {
-        return Err(Reason::NoLane.into());
-    }
-    if fragment::is_vip(env, &ip.l3.src()) { Ok(()) } else { forged }
+    Reason::InnerSource
 }
 
 /// Decapsulates for a pod of this node.
