@@ -7,9 +7,9 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, Hook, LANES, Lane, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
-    Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet,
+    Fragment, Frontend, FrontendKey, Hook, LANES, Lane, Near, NextHop, Pod, ReasonCounter, Scratch,
+    ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 use sluice_datapath::access::{At, Frame};
 use sluice_datapath::csum::{Sum, update, update_udp};
@@ -89,6 +89,8 @@ pub struct Host {
     answers: Table<AnswerCounter>,
     buckets: Table<Bucket>,
     bucket_cpu: Table<Bucket>,
+    flood: Table<FloodWord>,
+    flood_cpu: Table<FloodCpu>,
     /// Jiffies.
     pub now: Cell<u32>,
     locked: Cell<bool>,
@@ -116,7 +118,7 @@ pub struct HostRan {
 impl Host {
     /// The tables of `world`, and no connections.
     pub fn new(world: &World) -> Self {
-        let sets = world.settings.flow_set_mask + 1;
+        let sets = world.settings.flow_set_mask + 1 + size::FLOOD_SETS;
         Self {
             settings: Table::new(&[world.settings], 1, Settings::default()),
             frontends: Hash::new(&world.frontends),
@@ -143,6 +145,8 @@ impl Host {
             answers: Table::new(&[], AnswerKind::ALL.len() as u32, AnswerCounter::default()),
             buckets: Table::new(&[], Bucket::SOURCES, Bucket::default()),
             bucket_cpu: Table::new(&[], 1, Bucket::default()),
+            flood: Table::new(&[], 1, FloodWord::default()),
+            flood_cpu: Table::new(&[], 1, FloodCpu::default()),
             now: Cell::new(1_000_000),
             locked: Cell::new(false),
             clock_reads: Cell::new(0),
@@ -245,10 +249,27 @@ impl Host {
         self.fragments.0.iter().for_each(|note| note.set(Fragment::default()));
         self.buckets.0.iter().for_each(|bucket| bucket.set(Bucket::default()));
         self.bucket_cpu.0.iter().for_each(|bucket| bucket.set(Bucket::default()));
+        self.flood.0[0].set(FloodWord::default());
+        self.flood_cpu.0[0].set(FloodCpu::default());
         self.clear_counters();
     }
 
-    /// Sets of the flow table.
+    /// Whether the flood guard may hold records.
+    pub fn flood(&self) -> FloodWord {
+        self.flood.0[0].get()
+    }
+
+    /// What the flood guard counted.
+    pub fn flood_cpu(&self) -> FloodCpu {
+        self.flood_cpu.0[0].get()
+    }
+
+    /// Writes what the flood guard counted.
+    pub fn set_flood_cpu(&self, cpu: FloodCpu) {
+        self.flood_cpu.0[0].set(cpu);
+    }
+
+    /// Sets of the flow table, those of the flood guard behind them.
     pub fn flow_sets(&self) -> Vec<FlowSet> {
         self.flows.values()
     }
@@ -418,6 +439,12 @@ impl Env for Host {
     }
     fn source_bucket(&self, index: u32) -> Option<At<'_, Bucket>> {
         self.unlocked().buckets.at(index)
+    }
+    fn flood(&self) -> Option<At<'_, FloodWord>> {
+        self.unlocked().flood.at(0)
+    }
+    fn flood_cpu(&self) -> Option<At<'_, FloodCpu>> {
+        self.unlocked().flood_cpu.at(0)
     }
     fn cpu_bucket(&self) -> Option<At<'_, Bucket>> {
         self.unlocked().bucket_cpu.at(0)

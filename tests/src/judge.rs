@@ -1,7 +1,7 @@
 //! Holds what a runner did against what a fixture says.
 
 use sluice_abi::{
-    AnswerCounter, AnswerKind, BackendCounter, Family, FlowSet, Hook, REASONS, Reason,
+    AnswerCounter, AnswerKind, BackendCounter, Family, FloodCpu, FlowSet, Hook, REASONS, Reason,
     ReasonCounter, ServiceCounter, SnatSlot, VerdictKind,
 };
 use sluice_datapath::verdict::{Action, Direction};
@@ -57,6 +57,11 @@ pub trait Runner {
     /// Replaces the tables that the agent writes; connections stay.
     fn rewrite(&mut self, world: &World);
 
+    /// Lets every CPU guard itself against too many new connections from now on, or not.
+    fn guard(&mut self, on: bool);
+    /// What the flood guard counted, of all CPUs.
+    fn guarded(&self) -> FloodCpu;
+
     /// The tables that the programs write, without time stamps.
     fn state(&self) -> State {
         State::new(self.flows(), self.slots())
@@ -97,7 +102,7 @@ impl State {
                 (record.seen, record.decided, record.created) = (0, 0, 0);
             }
         }
-        flows.resize(size::FLOW_SETS as usize, FlowSet::default());
+        flows.resize((size::FLOW_SETS + size::FLOOD_SETS) as usize, FlowSet::default());
         Self { flows, snat }
     }
 }
@@ -164,6 +169,12 @@ impl Runner for Host {
     fn rewrite(&mut self, world: &World) {
         Host::rewrite(self, world);
     }
+    fn guard(&mut self, on: bool) {
+        self.set_flood_cpu(FloodCpu { on: on as u32, ..self.flood_cpu() });
+    }
+    fn guarded(&self) -> FloodCpu {
+        self.flood_cpu()
+    }
 }
 
 impl Runner for Kernel {
@@ -207,6 +218,17 @@ impl Runner for Kernel {
     }
     fn rewrite(&mut self, world: &World) {
         Kernel::rewrite(self, world);
+    }
+    fn guard(&mut self, on: bool) {
+        Kernel::guard(self, on);
+    }
+    fn guarded(&self) -> FloodCpu {
+        self.flood_cpus().into_iter().fold(FloodCpu::default(), |sum, cpu| FloodCpu {
+            put: sum.put + cpu.put,
+            promoted: sum.promoted + cpu.promoted,
+            overwritten: sum.overwritten + cpu.overwritten,
+            ..cpu
+        })
     }
 }
 

@@ -8,8 +8,8 @@ use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader};
 use sluice_abi::{
-    AnswerCounter, AnswerKind, BackendCounter, Bucket, FlowSet, Fragment, Hook, ReasonCounter,
-    Scratch, ServiceCounter, Settings, SnatSlot, maps,
+    AnswerCounter, AnswerKind, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet, Fragment,
+    Hook, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, maps,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -99,7 +99,7 @@ impl Kernel {
             .map_max_entries(maps::VTEP_SOURCE, size::VTEP_SOURCES)
             .map_max_entries(maps::NEXTHOP, size::NEXT_HOPS)
             .map_max_entries(maps::SNAT, size::SNAT_SLOTS)
-            .map_max_entries(maps::FLOW, flow_sets)
+            .map_max_entries(maps::FLOW, flow_sets + size::FLOOD_SETS)
             .map_max_entries(maps::FRAGMENT, size::FRAGMENTS)
             .load(object)
             .expect("the object loads");
@@ -153,9 +153,13 @@ impl Kernel {
         self.clear_counters();
     }
 
+    fn sets(&self) -> u32 {
+        self.flow_sets + size::FLOOD_SETS
+    }
+
     /// Forgets every connection.
     pub fn clear_connections(&mut self) {
-        for set in 0..self.flow_sets {
+        for set in 0..self.sets() {
             self.set_flow_set(set, FlowSet::default());
         }
         for index in size::snat_indexes() {
@@ -167,6 +171,8 @@ impl Kernel {
             self.write(maps::FRAGMENT, index, Fragment::default());
         }
         self.clear_per_cpu::<Scratch>(maps::SCRATCH);
+        self.write(maps::FLOOD, 0, FloodWord::default());
+        self.clear_per_cpu::<FloodCpu>(maps::FLOOD_CPU);
         if AnswerKind::ALL.iter().any(|kind| self.answer(*kind) != AnswerCounter::default()) {
             self.clear_buckets();
         }
@@ -323,9 +329,26 @@ impl Kernel {
         self.xdp("xdp_clock").test_run(options).expect("test run").return_value
     }
 
-    /// Sets of the flow table.
+    /// Lets every CPU guard itself against too many new connections from now on, or not.
+    pub fn guard(&mut self, on: bool) {
+        let cpus = self.flood_cpus().into_iter();
+        let cpus: Vec<_> = cpus.map(|cpu| Plain(FloodCpu { on: on as u32, ..cpu })).collect();
+        let cpus = PerCpuValues::try_from(cpus).expect("CPUs");
+        let map = self.map_mut(maps::FLOOD_CPU);
+        let mut array: PerCpuArray<_, Plain<FloodCpu>> = map.try_into().expect("per CPU");
+        array.set(0, cpus, 0).expect("the guard's map");
+    }
+
+    /// What the flood guard counted on each CPU.
+    pub fn flood_cpus(&self) -> Vec<FloodCpu> {
+        let map = self.map(maps::FLOOD_CPU);
+        let array: PerCpuArray<_, Plain<FloodCpu>> = map.try_into().expect("per CPU");
+        array.get(&0, 0).expect("the guard's map").iter().map(|cpu| cpu.0).collect()
+    }
+
+    /// Sets of the flow table, those of the flood guard behind them.
     pub fn flow_sets(&self) -> Vec<FlowSet> {
-        (0..self.flow_sets).map(|i| self.read(maps::FLOW, i)).collect()
+        (0..self.sets()).map(|i| self.read(maps::FLOW, i)).collect()
     }
 
     /// Writes a set of the flow table.
@@ -407,7 +430,7 @@ impl Kernel {
     /// # Panics
     /// If there is no such entry.
     pub fn write<T: Value>(&mut self, map: &str, index: u32, value: T) {
-        if ![maps::FLOW, maps::SNAT, maps::BUCKET, maps::FRAGMENT].contains(&map) {
+        if ![maps::FLOW, maps::SNAT, maps::BUCKET, maps::FRAGMENT, maps::FLOOD].contains(&map) {
             self.filled = None;
         }
         let mut array: Array<_, Plain<T>> = self.map_mut(map).try_into().expect("an array");

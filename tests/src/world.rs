@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use sluice_abi::{
-    Addr, Answers, Backend, Be16, Be32, Delivery, Extent, Family, Frontend, FrontendKey,
+    Addr, Answers, Backend, Be16, Be32, Delivery, Extent, Family, Flood, Frontend, FrontendKey,
     IPPROTO_TCP, IPPROTO_UDP, MAX_OWN_MACS, Mac, NextHop, OwnMac, Pod, PodNet, Route, Seeds,
     Settings, Timeouts, Tunnel, Vtep, VtepKey, frontend_flags, settings_flags,
 };
@@ -433,6 +433,10 @@ pub mod size {
     pub const FRAGMENTS: u32 = 16;
     /// Flow sets of most tests: 64 connections.
     pub const FLOW_SETS: u32 = 4;
+    /// Sets of the flood guard, for tests that turn it on by [`super::World::with_flood`].
+    pub const FLOOD_SETS: u32 = 4;
+    /// Its places.
+    pub const FLOOD_PLACES: u32 = FLOOD_SETS * 16;
     /// First SNAT port.
     pub const SNAT_FIRST: u16 = 2_048;
     /// Last SNAT port.
@@ -530,6 +534,17 @@ impl World {
         self
     }
 
+    /// A flood guard of `places`, for which a window never ends: it stays as a test has set it.
+    ///
+    /// # Panics
+    /// If `places` is no power of two or more than there are.
+    pub fn with_flood(mut self, places: u32) -> Self {
+        assert!(places.is_power_of_two() && places <= size::FLOOD_PLACES);
+        self.settings.flood =
+            Flood { limit: u32::MAX, window: u32::MAX, mask: places - 1, reserved: 0 };
+        self
+    }
+
     /// A fresh extent with these backends, as compiled for a consistent-hash table: here simply
     /// by turns.
     pub fn extent(&mut self, backends: &[u32]) -> Extent {
@@ -600,6 +615,7 @@ fn settings() -> Settings {
         snat_reply_last: size::SNAT_LAST,
         fragment_mask: size::FRAGMENTS - 1,
         own_macs: own_macs(&[(dev::UPLINK, mac::UPLINK), (dev::UPLINK_B, mac::UPLINK_B)]),
+        flood: Flood::default(),
     }
 }
 

@@ -10,9 +10,10 @@ use object::{Object, ObjectSection};
 use sluice::attach::without_frags;
 use sluice_abi::{
     Addr, AnswerCounter, AnswerKind, Answers, Ask, Backend, BackendCounter, Be16, Be32, Bucket,
-    Exit, Extent, FlowRecord, FlowSet, Fragment, Frontend, FrontendKey, Hook, JUMP_SLOTS, Mac,
-    Near, NearPod, NearSource, NextHop, OwnMac, Pod, PodNet, ReasonCounter, Scratch, Seeds,
-    ServiceCounter, Settings, SnatSlot, Stopped, Timeouts, Tunnel, Vtep, VtepKey, maps,
+    Exit, Extent, Flood, FloodCpu, FloodWord, FlowRecord, FlowSet, Fragment, Frontend, FrontendKey,
+    Hook, JUMP_SLOTS, Mac, Near, NearPod, NearSource, NextHop, OwnMac, Pod, PodNet, ReasonCounter,
+    Scratch, Seeds, ServiceCounter, Settings, SnatSlot, Stopped, Timeouts, Tunnel, Vtep, VtepKey,
+    maps,
 };
 use sluice_tests::kernel::OBJECT;
 
@@ -60,6 +61,9 @@ layouts! {
         ack_forward, forward, reply, created, snat, timeout, decided, ack_reply, reply_tags,
         reserved2
     }
+    Flood { limit, window, mask, reserved }
+    FloodCpu { window, count, on, since, begun, put, promoted, overwritten }
+    FloodWord { 0 }
     FlowSet { tags, records }
     Fragment { src, dst, id, proto, hook, part, fate, slot, tag, noted, seal }
     Frontend {
@@ -82,7 +86,7 @@ layouts! {
     Settings {
         flags, epoch, seeds, timeouts, vxlan_ports, snat_first_port, snat_last_port, flow_set_mask,
         ticks_per_second, node_v4, node_v6, hairpin_v4, hairpin_v6, fail_safe_tcp, fail_safe_udp, answers,
-        snat_reply_first, snat_reply_last, fragment_mask, own_macs
+        snat_reply_first, snat_reply_last, fragment_mask, own_macs, flood
     }
     SnatSlot { 0 }
     Stopped { reason, service, tunnel, mtu, l3, l4, proto, reserved }
@@ -100,7 +104,7 @@ layouts! {
 /// Name of the map; key; value; whether user space maps it into its memory; entries by default.
 type MapRow = (&'static str, &'static str, &'static str, bool, u32);
 
-const MAPS: [MapRow; 24] = [
+const MAPS: [MapRow; 26] = [
     (maps::SETTINGS, "u32", "Settings", false, 1),
     (maps::FRONTEND, "FrontendKey", "Frontend", false, maps::DEFAULT_FRONTENDS),
     (maps::MAGLEV, "u32", "u32", true, maps::DEFAULT_MAGLEV),
@@ -110,7 +114,7 @@ const MAPS: [MapRow; 24] = [
     (maps::VTEP_SOURCE, "VtepKey", "u32", false, maps::DEFAULT_VTEP_SOURCES),
     (maps::TUNNEL, "u32", "Tunnel", false, sluice_abi::MAX_TUNNELS),
     (maps::NEXTHOP, "u32", "NextHop", false, maps::DEFAULT_NEXTHOPS),
-    (maps::FLOW, "u32", "FlowSet", true, maps::DEFAULT_FLOW_SETS),
+    (maps::FLOW, "u32", "FlowSet", true, maps::DEFAULT_ALL_FLOW_SETS),
     (maps::FLOW_LOCK, "u32", "FlowLock", false, maps::FLOW_LOCKS),
     (maps::SCRATCH, "u32", "Scratch", false, 1),
     (maps::SNAT, "u32", "SnatSlot", true, maps::SNAT_SLOTS),
@@ -125,6 +129,8 @@ const MAPS: [MapRow; 24] = [
     (maps::FRAGMENT, "u32", "Fragment", false, maps::DEFAULT_FRAGMENTS),
     (maps::NEAR, "u32", "Near", false, 1),
     (maps::LOOKUPS, "u32", "u32", false, 1),
+    (maps::FLOOD, "u32", "FloodWord", true, 1),
+    (maps::FLOOD_CPU, "u32", "FloodCpu", false, 1),
 ];
 
 #[test]

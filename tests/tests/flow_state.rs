@@ -22,6 +22,9 @@ use sluice_tests::world::{
     BACKEND_PORT, Be, FAMILIES, PROTOCOLS, Svc, TIMEOUTS, World, dev, ip, mac, size,
 };
 
+#[path = "flow_state/flood.rs"]
+mod flood;
+
 /// Runs a law on the host and on the loaded program.
 fn on_both(world: World, law: fn(&mut dyn Runner, &World)) {
     println!("on the host");

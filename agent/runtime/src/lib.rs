@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod describe;
 pub mod facts;
+pub mod flood;
 pub mod maps;
 pub mod netlink;
 pub mod run_dir;

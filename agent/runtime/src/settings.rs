@@ -4,7 +4,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use sluice_abi::{
-    Addr, Answers, Be16, MAX_OWN_MACS, Mac, OwnMac, Seeds, Settings, Timeouts, settings_flags,
+    Addr, Answers, Be16, Flood, MAX_OWN_MACS, Mac, OwnMac, Seeds, Settings, Timeouts,
+    settings_flags,
 };
 use sluice_control::NodeContext;
 
@@ -91,8 +92,25 @@ pub fn fill(settings: &mut Settings, config: &Config, context: &NodeContext, hz:
     };
     settings.flow_set_mask = config.maps.flow_sets - 1;
     settings.fragment_mask = config.maps.fragments - 1;
+    settings.flood = flood(config, hz);
     settings.fail_safe_tcp = eight(&config.fail_safe.tcp);
     settings.fail_safe_udp = eight(&config.fail_safe.udp);
+}
+
+/// Windows in a second over which the flood guard counts.
+const FLOOD_WINDOWS: u32 = 8;
+
+fn flood(config: &Config, hz: u32) -> Flood {
+    let window = (hz / FLOOD_WINDOWS).max(1);
+    let limit = u64::from(config.datapath.flood_rate) * u64::from(window) / u64::from(hz.max(1));
+    let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+    Flood {
+        // A rate of less than one in a window is not "off".
+        limit: if config.datapath.flood_rate == 0 { 0 } else { limit.max(1) },
+        window,
+        mask: config.maps.flood_records - 1,
+        reserved: 0,
+    }
 }
 
 /// Replies are looked for at the ports of the range and between those that connections hold, `used`
@@ -208,6 +226,24 @@ mod tests {
         assert_eq!((settings.snat_reply_first, settings.snat_reply_last), (20_500, 41_000));
         narrow_replies(&mut settings, None);
         assert_eq!((settings.snat_reply_first, settings.snat_reply_last), (40_000, 41_000));
+    }
+
+    #[test]
+    fn flood_rate_is_counted_in_windows() {
+        let mut config = Config::default();
+        let mut settings = Settings::default();
+        let mut flood = |rate, hz| {
+            config.datapath.flood_rate = rate;
+            fill(&mut settings, &config, &NodeContext::default(), hz);
+            (settings.flood.limit, settings.flood.window)
+        };
+        assert_eq!(flood(50_000, 1000), (6250, 125));
+        assert_eq!(flood(50_000, 250), (6200, 31));
+        assert_eq!(flood(50_000, 100), (6000, 12));
+        assert_eq!(flood(1, 250), (1, 31), "not off");
+        assert_eq!(flood(u32::MAX, 1000).0, 536_870_911);
+        assert_eq!(flood(0, 1000).0, 0);
+        assert_eq!(settings.flood.mask, Config::default().maps.flood_records - 1);
     }
 
     /// A bucket in 32 bits: the fullest one and one answer more.

@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::describe::causes;
 use crate::facts::kernel::Link;
 use crate::facts::{Collector, Facts, own_macs};
+use crate::flood::{self, Guard, News};
 use crate::maps::{FlowTable, MapsError};
 use crate::netlink::NetlinkError;
 use crate::run_dir::{RunDir, RunDirError, SkippedObject, Status, TableSizes};
@@ -76,6 +77,7 @@ pub struct State {
     store: KernelStore,
     flows: FlowTable,
     sweeper: Sweeper,
+    flood: flood::Watch,
     hz: u32,
     settings: Settings,
 
@@ -146,8 +148,9 @@ impl State {
         Ok(Self {
             collector: Collector::new()?,
             store: KernelStore::open(&pins)?,
-            flows: pins.flows()?,
+            flows: pins.flows()?.with_sets(config.maps.flow_sets),
             sweeper: Sweeper::default(),
+            flood: flood::Watch::default(),
             hz,
             settings,
             snapshot: None,
@@ -558,6 +561,7 @@ impl State {
         let swept = self.sweeper.pass(&self.flows, now);
         self.narrow_replies(swept.ports);
         self.watch_snat(swept.fullest);
+        self.watch_flood(now);
         if swept.orphans > 0 {
             tracing::warn!(slots = swept.orphans, "SNAT slots without a connection freed");
         }
@@ -571,6 +575,32 @@ impl State {
                 capacity,
                 "the connection table is nearly full; raise maps.flow_sets"
             );
+        }
+    }
+
+    /// Tells when the flood guard begins and ends.
+    fn watch_flood(&mut self, now: u32) {
+        let cpus = match self.attacher.pins().counters().and_then(|c| c.flood()) {
+            Ok(cpus) => cpus,
+            Err(e) => {
+                tracing::warn!("flood guard: {}", causes(&e));
+                return;
+            }
+        };
+        let guard = Guard::new(&cpus, &self.settings, Some(now));
+        let Guard { cpus_on, put, promoted, overwritten, .. } = guard;
+        match self.flood.look(guard) {
+            Some(News::Began) => tracing::warn!(
+                cpus_on,
+                put,
+                promoted,
+                overwritten,
+                "flood guard: more new connections than datapath.flood_rate"
+            ),
+            Some(News::Ended) => {
+                tracing::info!(put, promoted, overwritten, "flood guard: the flood is over");
+            }
+            None => {}
         }
     }
 

@@ -13,8 +13,10 @@ use crate::maps::{Flow, FlowTable};
 /// What one pass did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Records in use before.
+    /// Records in use before, those of the flood guard not counted.
     pub used: u64,
+    /// Records of the flood guard in use before.
+    pub guarded: u64,
     /// Records freed.
     pub freed: u64,
     /// SNAT slots freed whose record is gone.
@@ -36,11 +38,21 @@ impl Sweeper {
     /// One pass. `now` are the low 31 bits of jiffies.
     pub fn pass(&mut self, table: &FlowTable, now: u32) -> Swept {
         let mut swept = Swept::default();
+        let flood = table.flood_word();
         for flow in table.iter() {
-            swept.used += 1;
+            if table.is_guarded(&flow) {
+                swept.guarded += 1;
+            } else {
+                swept.used += 1;
+            }
             if expired(&flow.record, now) && table.free(&flow) {
                 swept.freed += 1;
             }
+        }
+        if flood.0 != 0 && swept.guarded == 0 && is_older(flood.0 as u32, now, 1) {
+            // Nothing was put there since before the pass, so nothing is there: from now on no packet
+            // looks.
+            table.clear_flood_word(flood);
         }
         let mut suspects = BTreeSet::new();
         let mut groups = [0u32; maps::SNAT_SLOTS_PER_PORT as usize];
@@ -85,9 +97,14 @@ const MASK: u32 = 0x7fff_ffff;
 /// Whether a record was silent for longer than its state allows: the programs write the limit into
 /// the record whenever the state changes.
 pub fn expired(record: &FlowRecord, now: u32) -> bool {
-    let age = now.wrapping_sub(record.seen) & MASK;
+    is_older(record.seen, now, record.timeout)
+}
+
+/// Whether more than `ticks` have passed since `then`.
+fn is_older(then: u32, now: u32, ticks: u32) -> bool {
+    let age = now.wrapping_sub(then) & MASK;
     // A packet that came after `now` was read makes the difference negative.
-    age <= MASK / 2 && age > record.timeout
+    age <= MASK / 2 && age > ticks
 }
 
 #[cfg(test)]

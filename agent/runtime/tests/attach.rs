@@ -384,8 +384,9 @@ fn pinned_map_of_another_size_is_refused_with_a_remedy() {
             Ok(_) => panic!("a map of another size was taken"),
             Err(e) => e.to_string(),
         };
+        // Four and eight sets of the flow table, and one of the flood guard.
         assert!(
-            text.contains("sl_flow_v1") && text.contains(" 4,") && text.contains(" 8;"),
+            text.contains("sl_flow_v1") && text.contains(" 5,") && text.contains(" 9;"),
             "{text}"
         );
         assert!(text.contains("sluice cleanup"), "{text}");

@@ -52,7 +52,7 @@ fn report_has_conditions_and_ratios_to_the_floor_of_the_same_run() {
     for key in ["kernel", "cpu", "jit", "mitigations", "maps", "mode", "rounds", "repeat"] {
         assert!(!conditions[key].is_null(), "{key}: {conditions}");
     }
-    assert_eq!(conditions["maps"]["sl_flow_v1"], sluice_abi::maps::DEFAULT_FLOW_SETS);
+    assert_eq!(conditions["maps"]["sl_flow_v1"], sluice_abi::maps::DEFAULT_ALL_FLOW_SETS);
     assert_eq!(conditions["program"]["tag"].as_str().map(str::len), Some(16));
     let rows = report["rows"].as_array().expect("rows");
     let names: Vec<_> = rows.iter().filter_map(|row| row["name"].as_str()).collect();

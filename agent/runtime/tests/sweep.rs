@@ -13,7 +13,7 @@ use sluice::attach::Attacher;
 use sluice::maps::{FlowTable, Pins, Plain};
 use sluice::sweep::{Sweeper, forget_udp};
 use sluice_abi::{
-    Backend, FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, flow_tag, maps,
+    Backend, FloodWord, FlowRecord, FlowSet, IPPROTO_TCP, IPPROTO_UDP, SnatSlot, flow_tag, maps,
 };
 
 const NOW: u32 = 100_000;
@@ -30,7 +30,8 @@ impl Tables {
     fn new(node: &Node) -> Self {
         let programs = Attacher::load(&node.pin_dir, &node.maps()).unwrap();
         let pins = programs.pins().clone();
-        Self { flows: pins.flows().unwrap(), pins, _programs: programs }
+        let flows = pins.flows().unwrap().with_sets(node.maps().flow_sets);
+        Self { flows, pins, _programs: programs }
     }
 
     fn array<T>(&self, name: &str) -> Array<MapData, Plain<T>>
@@ -116,6 +117,35 @@ fn snat_slot_goes_with_its_connection_and_never_without_cause() {
         assert_eq!(sweeper.pass(&tables.flows, NOW).fullest, 3);
         assert_eq!(sweeper.pass(&tables.flows, NOW).fullest, 1);
         assert_eq!(tables.slots(), [first + 1]);
+    });
+}
+
+#[test]
+fn flood_guard_is_looked_into_until_its_last_record_is_gone() {
+    in_namespace(|node| {
+        let tables = Tables::new(node);
+        let word = |at: u32| tables.array(maps::FLOOD).set(0, Plain(FloodWord::written(at)), 0);
+        tables.put(3, &[record(IPPROTO_TCP, 1)]);
+        tables.put(4, &[record(IPPROTO_TCP, 31), record(IPPROTO_TCP, 29)]);
+        word(NOW - 29).unwrap();
+        let pass = |now| Sweeper::default().pass(&tables.flows, now);
+        let swept = pass(NOW);
+        assert_eq!((swept.used, swept.guarded, swept.freed), (1, 2, 1));
+        assert_eq!(tables.left(), [(3, 0), (4, 1)]);
+        assert_eq!(tables.flows.flood_word(), FloodWord::written(NOW - 29));
+        // The last record goes; that nothing is there is known at the next pass.
+        assert_eq!(pass(NOW + 2).freed, 1);
+        assert_ne!(tables.flows.flood_word(), FloodWord::default());
+        // What is just being put there is not in sight yet.
+        word(NOW + 3).unwrap();
+        pass(NOW + 4);
+        assert_eq!(tables.flows.flood_word(), FloodWord::written(NOW + 3));
+        pass(NOW + 5);
+        assert_eq!(tables.flows.flood_word(), FloodWord::default());
+        // A word that changed meanwhile stays.
+        word(NOW).unwrap();
+        assert!(!tables.flows.clear_flood_word(FloodWord::written(NOW - 1)));
+        assert_eq!(tables.flows.flood_word(), FloodWord::written(NOW));
     });
 }
 

@@ -10,7 +10,8 @@
 //! A request carries the client as its source, a reply as its destination, so both choose the same
 //! set and read the same record: there is no second half that could be lost. A reply whose
 //! destination was rewritten (SNAT) finds its record through `sl_snat_v1`, indexed by the port.
-//! See docs/adr/0001-flow-table.md.
+//! See docs/adr/0001-flow-table.md. Behind the sets of the table stand those of the flood guard
+//! ([`crate::Flood`]), of the same layout.
 
 use crate::{Addr, Be16, Be32, Fragment, Mac};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
@@ -43,6 +44,8 @@ pub mod flow_tag {
     pub const GENERATION: u32 = 0xf << 1;
     /// The generation's lowest bit.
     pub const NEXT: u32 = 1 << 1;
+    /// With [`USED`] clear: a CPU is writing a record into this place of the flood guard.
+    pub const BUSY: u32 = 1 << 31;
 
     /// Whether a place has a record.
     #[inline(always)]

@@ -20,6 +20,7 @@
 mod addr;
 mod bench;
 mod counters;
+mod flood;
 mod flow;
 mod fragment;
 mod lane;
@@ -35,6 +36,7 @@ pub use bench::{BENCH_MORE_WORDS, BENCH_RUN, BENCH_TARGETS, BENCH_WORDS, BenchRu
 pub use counters::{
     AnswerCounter, AnswerKind, BackendCounter, Hook, ReasonCounter, ServiceCounter,
 };
+pub use flood::{Flood, FloodCpu, FloodWord};
 pub use flow::{
     Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SCRATCH_BYTES, Scratch, SnatSlot, Stopped,
     flow_state, flow_tag, record_flags,

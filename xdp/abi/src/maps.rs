@@ -20,7 +20,8 @@ pub const TUNNEL: &str = "sl_tunnel_v1";
 pub const NEXTHOP: &str = "sl_nexthop_v1";
 /// ARRAY of one [`crate::Settings`]. Agent writes, programs read.
 pub const SETTINGS: &str = "sl_settings_v1";
-/// ARRAY (mmapable) u32 → [`crate::FlowSet`]. Programs write, the agent's sweep expires.
+/// ARRAY (mmapable) u32 → [`crate::FlowSet`]: the flow table, then the places of the flood guard,
+/// sixteen in a set ([`crate::Flood::mask`]). Programs write, the agent's sweep expires.
 pub const FLOW: &str = "sl_flow_v1";
 /// ARRAY of `bpf_spin_lock`, one per [`FLOW_LOCKS`] residue of the set index. Programs only.
 pub const FLOW_LOCK: &str = "sl_flowlock_v1";
@@ -56,8 +57,13 @@ pub const BUCKET: &str = "sl_bucket_v1";
 /// PERCPU_ARRAY of one [`crate::Bucket`]: answers of a CPU. Programs only.
 pub const BUCKET_CPU: &str = "sl_bucketcpu_v1";
 
+/// ARRAY (mmapable) of one [`crate::FloodWord`]. Programs write, the agent's sweep clears.
+pub const FLOOD: &str = "sl_flood_v1";
+/// PERCPU_ARRAY of one [`crate::FloodCpu`]: new connections of a CPU. Programs write.
+pub const FLOOD_CPU: &str = "sl_floodcpu_v1";
+
 /// All maps, in the order in which user space creates and checks them.
-pub const ALL: [&str; 24] = [
+pub const ALL: [&str; 26] = [
     SETTINGS,
     FRONTEND,
     MAGLEV,
@@ -82,6 +88,8 @@ pub const ALL: [&str; 24] = [
     FRAGMENT,
     NEAR,
     LOOKUPS,
+    FLOOD,
+    FLOOD_CPU,
 ];
 
 /// Reason counters of one hook; room for growth, so that a new reason moves nothing.
@@ -107,6 +115,12 @@ pub const DEFAULT_VTEP_SOURCES: u32 = 32_768;
 pub const DEFAULT_NEXTHOPS: u32 = 8_192;
 /// Default number of [`crate::FlowSet`]s: 131,072 connections in 25 MB. A power of two.
 pub const DEFAULT_FLOW_SETS: u32 = 8_192;
+/// Default number of the flood guard's places behind the flow table: new connections of 33 ms at a
+/// million a second, in 6 MB. A power of two, at least [`crate::FLOW_WAYS`].
+pub const DEFAULT_FLOOD_RECORDS: u32 = 32_768;
+/// Default `max_entries` of [`FLOW`].
+pub const DEFAULT_ALL_FLOW_SETS: u32 =
+    DEFAULT_FLOW_SETS + DEFAULT_FLOOD_RECORDS / crate::FLOW_WAYS as u32;
 /// Default `max_entries` of [`FRAGMENT`]: fragmented packets that are under way at once, 64 bytes
 /// each. A power of two.
 pub const DEFAULT_FRAGMENTS: u32 = 8_192;

@@ -1,6 +1,6 @@
 //! What the agent tells the programs, in one value that every packet reads.
 
-use crate::{Addr, Be16, Mac};
+use crate::{Addr, Be16, Flood, Mac};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Own tunnel devices at most (size of the map `sl_tunnel_v1`).
@@ -107,7 +107,7 @@ pub struct OwnMac {
     pub reserved: u16,
 }
 
-/// The one value of `sl_settings_v1` (ARRAY), 376 bytes. Agent writes, programs read.
+/// The one value of `sl_settings_v1` (ARRAY), 392 bytes. Agent writes, programs read.
 #[derive(
     Clone, Copy, Default, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -156,6 +156,8 @@ pub struct Settings {
     /// What the uplinks' frames for this node have as their destination. An uplink that is not
     /// named takes every frame for its own.
     pub own_macs: [OwnMac; MAX_OWN_MACS],
+    /// The flood guard.
+    pub flood: Flood,
 }
 
-const _: () = assert!(size_of::<Settings>() == 376);
+const _: () = assert!(size_of::<Settings>() == 392);

@@ -5,6 +5,7 @@ use crate::access::{At, View};
 use crate::csum::{Sum, negate};
 use crate::env::Env;
 use crate::field;
+use crate::flood;
 use crate::flow::{self, Found, Inserted, Tuple};
 use crate::hash;
 use crate::parse::{self, Ip, Transport};
@@ -175,21 +176,35 @@ pub fn ask<'a, E: Env>(
 /// verifier follows it once, not once for each way on which a packet gets there.
 ///
 /// # Cost
-/// One or two hash lookups (frontend, local pod), array lookups, one locked write.
+/// One or two hash lookups (frontend, local pod), array lookups, one locked write; while the flood guard
+/// is on, no lock.
 #[inline(always)]
 pub fn answer<E: Env>(env: &E) -> Answer {
     let (Some(settings), Some(scratch)) = (env.settings(), env.scratch()) else {
         return Answer::stopped(Reason::TableBroken);
     };
     let ask = field!(scratch, Scratch, ask);
-    if let Some((index, way)) = field!(ask, Ask, renew).get().owner() {
-        return match flow::at(env, index, way) {
-            Some(found) => {
-                // Without a lock to be had the record stays as it is, which is not wrong yet.
-                let _renewed = renew(env, settings, scratch, &found);
-                Answer::decided(found.slot, false)
-            }
-            None => Answer::stopped(Reason::FlowChanged),
+    let renews = field!(ask, Ask, renew).get().owner();
+    let record = if let Some((index, way)) = renews {
+        let Some(found) = flow::at(env, index, way) else {
+            return Answer::stopped(Reason::FlowChanged);
+        };
+        Some(found)
+    } else {
+        match flood::known(env, settings, scratch) {
+            Ok(found) => found,
+            Err(reason) => return Answer::stopped(reason),
+        }
+    };
+    if let Some(found) = record {
+        if renews.is_some() || is_stale(env, settings, &found) {
+            // Without a lock to be had the record stays as it is, which is not wrong yet.
+            let _renewed = renew(env, settings, scratch, &found);
+            return Answer::decided(found.slot, false);
+        }
+        return match flood::promote(env, settings, scratch, &found) {
+            Ok(slot) => Answer::decided(slot, false),
+            Err(reason) => Answer::stopped(reason),
         };
     }
     match decide(env, settings, scratch) {
@@ -234,19 +249,28 @@ fn decide<E: Env>(
         borrow_source(settings, draft, ask)?;
     }
     compile_checksums(draft);
-    let inserted = flow::insert(env, &place, scratch);
     let claimed = field!(draft, FlowRecord, snat).get();
+    let guarded = flood::put(env, settings, &place, scratch);
+    if guarded == SnatSlot::CLAIMED {
+        flow::give_back(env, claimed, SnatSlot::CLAIMED, SnatSlot::FREE);
+        return Err(Reason::FlowChanged);
+    }
+    if guarded != SnatSlot::FREE {
+        return Ok(Answer::decided(guarded, true));
+    }
+    flood::note_taken(env, settings, &place, scratch);
+    let inserted = flow::insert(env, &place, scratch, SnatSlot::CLAIMED);
     match inserted {
         Inserted::New { slot, freed } => {
-            give_back(env, freed, slot, SnatSlot::FREE);
+            flow::give_back(env, freed, slot, SnatSlot::FREE);
             Ok(Answer::decided(slot, true))
         }
         Inserted::Other(slot) => {
-            give_back(env, claimed, SnatSlot::CLAIMED, SnatSlot::FREE);
+            flow::give_back(env, claimed, SnatSlot::CLAIMED, SnatSlot::FREE);
             Ok(Answer::decided(slot, false))
         }
         Inserted::Full => {
-            give_back(env, claimed, SnatSlot::CLAIMED, SnatSlot::FREE);
+            flow::give_back(env, claimed, SnatSlot::CLAIMED, SnatSlot::FREE);
             Err(Reason::FlowTableFull)
         }
     }
@@ -420,16 +444,6 @@ pub fn is_borrowed(settings: At<'_, Settings>, addr: &Addr) -> bool {
     !addr.is_none()
         && (field!(settings, Settings, hairpin_v4).get() == *addr
             || field!(settings, Settings, hairpin_v6).get() == *addr)
-}
-
-/// Changes the owner of SNAT slot `index_plus_one`, if it still is `old`'s.
-#[inline(always)]
-fn give_back<E: Env>(env: &E, index_plus_one: u32, old: SnatSlot, new: SnatSlot) {
-    if index_plus_one != 0
-        && let Some(slot) = env.snat(index_plus_one - 1)
-    {
-        slot.replace_slot(old, new);
-    }
 }
 
 /// Whether a record's epoch or age asks for a new decision.

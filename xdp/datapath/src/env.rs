@@ -4,9 +4,9 @@ use crate::access::At;
 use crate::decide::Answer;
 use crate::tcp::Segment;
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot,
-    Tunnel, Vtep, VtepKey,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet,
+    Fragment, Frontend, FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
+    Settings, SnatSlot, Tunnel, Vtep, VtepKey,
 };
 
 /// Tables and helpers: maps in the kernel, vectors on the host. `None` is "no such entry".
@@ -73,6 +73,10 @@ pub trait Env {
     fn answer_counter(&self, kind: AnswerKind) -> Option<At<'_, AnswerCounter>>;
     /// Bucket of answers to the sources of hash `index`.
     fn source_bucket(&self, index: u32) -> Option<At<'_, Bucket>>;
+    /// Whether the flood guard holds records.
+    fn flood(&self) -> Option<At<'_, FloodWord>>;
+    /// New connections of this CPU.
+    fn flood_cpu(&self) -> Option<At<'_, FloodCpu>>;
     /// Bucket of answers of this CPU.
     fn cpu_bucket(&self) -> Option<At<'_, Bucket>>;
 }

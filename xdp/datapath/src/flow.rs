@@ -128,8 +128,9 @@ pub fn is_request(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
         && field!(r, FlowRecord, proto).get() == t.proto
 }
 
+/// Whether a packet is a reply of the record's connection.
 #[inline(always)]
-fn is_reply(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
+pub fn is_reply(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
     field!(r, FlowRecord, source_port).get() == t.dst_port
         && field!(r, FlowRecord, backend_port).get() == t.src_port
         && field!(r, FlowRecord, source).get() == t.dst
@@ -139,14 +140,14 @@ fn is_reply(r: At<'_, FlowRecord>, t: &Tuple) -> bool {
 
 /// The tag of a place, if it is `tag` in any generation.
 #[inline(always)]
-fn tagged(set: At<'_, FlowSet>, way: u32, tag: u32) -> Option<u32> {
+pub(crate) fn tagged(set: At<'_, FlowSet>, way: u32, tag: u32) -> Option<u32> {
     let seen = field!(set, FlowSet, tags).element(way).get_now();
     ((seen ^ tag) & !flow_tag::GENERATION == 0).then_some(seen)
 }
 
 /// The record of a place whose tag was `seen`.
 #[inline(always)]
-fn check<'a>(
+pub(crate) fn check<'a>(
     set: At<'a, FlowSet>,
     index: u32,
     way: u32,
@@ -291,6 +292,16 @@ pub fn claim_snat<E: Env>(
     None
 }
 
+/// Changes the owner of SNAT slot `index_plus_one`, if it still is `old`'s.
+#[inline(always)]
+pub(crate) fn give_back<E: Env>(env: &E, index_plus_one: u32, old: SnatSlot, new: SnatSlot) {
+    if index_plus_one != 0
+        && let Some(slot) = env.snat(index_plus_one - 1)
+    {
+        slot.replace_slot(old, new);
+    }
+}
+
 impl At<'_, SnatSlot> {
     /// Replaces `old` by `new` if the slot still is `old`.
     #[inline(always)]
@@ -397,10 +408,30 @@ fn rank_of(set: At<'_, FlowSet>, way: u32, new: At<'_, FlowRecord>) -> u64 {
         | way as u64
 }
 
+/// Whether the set has a record of the same client and port.
+#[inline(always)]
+pub(crate) fn has_client(place: &Place<'_>) -> bool {
+    let mut others = 1;
+    for way in 0..FLOW_WAYS as u32 {
+        let tag = field!(place.set, FlowSet, tags).element(way).get_now();
+        others &= is_zero(((tag ^ place.hash.tag()) & !flow_tag::GENERATION) as u64) ^ 1;
+    }
+    others == 0
+}
+
 /// Writes a record, unless another CPU has written one for the same connection. A record that keeps
 /// the client's address gets a source port here, where no other CPU can take the same.
+///
+/// `owner` holds the record's SNAT port: [`SnatSlot::CLAIMED`] for a new connection, or the place that
+/// the record has had until now; its source port is then settled. `taken` in the scratch room says which
+/// source ports are taken by a record that is not in the set.
 #[inline(always)]
-pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> Inserted {
+pub fn insert<E: Env>(
+    env: &E,
+    place: &Place<'_>,
+    scratch: At<'_, Scratch>,
+    owner: SnatSlot,
+) -> Inserted {
     let Some(lock) = env.flow_lock(place.index % maps::FLOW_LOCKS) else {
         return Inserted::Full;
     };
@@ -414,7 +445,8 @@ pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> I
     }
     rank(place, scratch);
     let best = field!(scratch, Scratch, best).get_now();
-    if best >> rank::SAME_CLIENT == 0 || claimed == 0 && !keep_source(scratch) {
+    let moves = owner != SnatSlot::CLAIMED;
+    if best >> rank::SAME_CLIENT == 0 || claimed == 0 && !keep_source(scratch, moves) {
         env.unlock(lock);
         return Inserted::Full;
     }
@@ -427,7 +459,7 @@ pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> I
     record.copy_from(new);
     let slot = SnatSlot::owned(place.index, way);
     if let Some(snat) = snat {
-        snat.replace_slot(SnatSlot::CLAIMED, slot);
+        snat.replace_slot(owner, slot);
     }
     let generation = old.wrapping_add(flow_tag::NEXT) & flow_tag::GENERATION;
     tag_at.set_now(place.hash.tag() | generation);
@@ -436,13 +468,13 @@ pub fn insert<E: Env>(env: &E, place: &Place<'_>, scratch: At<'_, Scratch>) -> I
 }
 
 /// Looks at every place of the set once: the record of the same connection, if there is one; else
-/// `best` is a free place, if there is one, and `taken` says which source ports are.
+/// `best` is a free place, if there is one, and `taken` says which source ports are, beside those that
+/// it said before.
 #[inline(always)]
 fn survey(place: &Place<'_>, scratch: At<'_, Scratch>) -> Option<SnatSlot> {
     let new = field!(scratch, Scratch, draft);
     let (best, taken) = (field!(scratch, Scratch, best), field!(scratch, Scratch, taken));
     best.set_now(0);
-    taken.set_now(0);
     for way in 0..FLOW_WAYS as u32 {
         let tag = field!(place.set, FlowSet, tags).element(way).get_now();
         if !flow_tag::is_used(tag) {
@@ -460,7 +492,7 @@ fn survey(place: &Place<'_>, scratch: At<'_, Scratch>) -> Option<SnatSlot> {
 
 /// Whether two records have the same requests.
 #[inline(always)]
-fn is_same_request(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> bool {
+pub(crate) fn is_same_request(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> bool {
     field!(r, FlowRecord, client_port).get() == field!(new, FlowRecord, client_port).get()
         && field!(r, FlowRecord, vip_port).get() == field!(new, FlowRecord, vip_port).get()
         && field!(r, FlowRecord, client).get() == field!(new, FlowRecord, client).get()
@@ -471,7 +503,7 @@ fn is_same_request(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> bool {
 /// Which source port towards the new record's backend another record of the same client has, as a
 /// bit whose number is the difference in the port's top two bits.
 #[inline(always)]
-fn port_taken(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> u32 {
+pub(crate) fn port_taken(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> u32 {
     let port = field!(r, FlowRecord, source_port).get().host();
     let differs = port ^ field!(new, FlowRecord, client_port).get().host();
     let same = field!(r, FlowRecord, source).get() == field!(new, FlowRecord, source).get()
@@ -484,12 +516,16 @@ fn port_taken(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> u32 {
 
 /// The client's own port, unless a connection of the same client port to the same backend through
 /// another VIP has it: then one with other top bits, which chooses the same set. False if all four
-/// are taken.
+/// are taken. A port that is settled (`moves`) is not chosen anew.
 #[inline(always)]
-fn keep_source(scratch: At<'_, Scratch>) -> bool {
+fn keep_source(scratch: At<'_, Scratch>, moves: bool) -> bool {
     let new = field!(scratch, Scratch, draft);
     let client_port = field!(new, FlowRecord, client_port).get();
     let taken = field!(scratch, Scratch, taken).get_now();
+    if moves {
+        let top = (client_port.host() ^ field!(new, FlowRecord, source_port).get().host()) >> 14;
+        return taken >> top & 1 == 0;
+    }
     for top in 0..4u16 {
         let port = Be16::new(client_port.host() ^ (top << 14));
         if port.host() != 0 && taken >> top & 1 == 0 {

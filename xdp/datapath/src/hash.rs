@@ -49,6 +49,12 @@ impl FlowHash {
         (self.0 >> 32) as u32 & !flow_tag::GENERATION | flow_tag::USED
     }
 
+    /// The place in the flood guard, before its mask.
+    #[inline(always)]
+    pub fn flood(self) -> u32 {
+        (self.0 >> 16) as u32
+    }
+
     /// The way that is tried first.
     #[inline(always)]
     pub fn home(self) -> u32 {

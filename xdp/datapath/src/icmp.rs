@@ -18,6 +18,7 @@ use crate::csum::{Sum, update, update_udp};
 use crate::decide::{self, Origin, port_delta};
 use crate::env::Env;
 use crate::field;
+use crate::flood;
 use crate::flow::{self, Found, Tuple};
 use crate::hash::FlowHash;
 use crate::ingress;
@@ -396,7 +397,9 @@ fn error_at_uplink<'e, E: Env>(
     let place = flow::place(env, settings, tuple.src, tuple.src_port, tuple.proto)
         .ok_or(Reason::TableBroken)?;
     let port = place.hash.outer_port();
-    let (found, direction) = if let Some(found) = flow::find_request(&place, &tuple) {
+    let request = flow::find_request(&place, &tuple)
+        .or_else(|| flood::find_request(env, settings, &place, &tuple));
+    let (found, direction) = if let Some(found) = request {
         check_client(&found, tunnel)?;
         (found, Direction::Forward)
     } else {
@@ -475,13 +478,17 @@ fn from_pod<E: Env>(
     let client = tc::answered(settings, &packet);
     let place = flow::place(env, settings, client, tuple.dst_port, tuple.proto)
         .ok_or(Reason::TableBroken)?;
-    if let Some(found) = flow::find_reply(&place, &tuple) {
+    let reply = flow::find_reply(&place, &tuple)
+        .or_else(|| flood::find_reply(env, settings, &place, &tuple));
+    if let Some(found) = reply {
         return short_cut(env, &packet, &message, &quote, &found, ifindex);
     }
     let tuple = decide::stashed(scratch);
     let place = flow::place(env, settings, tuple.src, tuple.src_port, tuple.proto)
         .ok_or(Reason::TableBroken)?;
-    let found = flow::find_request(&place, &tuple).ok_or(Reason::Icmp)?;
+    let found = flow::find_request(&place, &tuple)
+        .or_else(|| flood::find_request(env, settings, &place, &tuple))
+        .ok_or(Reason::Icmp)?;
     if !tc::is_ours(env, &found, 0) {
         return Err(Reason::Icmp.into());
     }
@@ -563,7 +570,9 @@ fn to_client<E: Env>(env: &E, settings: At<'_, Settings>, view: View<'_>) -> Ste
     let tuple = decide::stashed(scratch);
     let place = flow::place(env, settings, tuple.dst, tuple.dst_port, tuple.proto)
         .ok_or(Reason::TableBroken)?;
-    let found = flow::find_reply(&place, &tuple).ok_or(Reason::Icmp)?;
+    let found = flow::find_reply(&place, &tuple)
+        .or_else(|| flood::find_reply(env, settings, &place, &tuple))
+        .ok_or(Reason::Icmp)?;
     let r = found.record;
     if field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0 {
         return Err(Reason::Icmp.into());

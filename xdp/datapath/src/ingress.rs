@@ -9,6 +9,7 @@ use crate::answer;
 use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
+use crate::flood;
 use crate::flow::{self, Found};
 use crate::fragment;
 use crate::hash::FlowHash;
@@ -366,6 +367,7 @@ fn is_for_tc<P: Form, E: Env>(env: &E, settings: At<'_, Settings>, packet: &Loca
     let place = flow::place(env, settings, tuple.dst, tuple.dst_port, tuple.proto);
     let Some(place) = place else { return false };
     flow::find_reply(&place, &decide::stashed(scratch)).is_some()
+        || flood::find_reply(env, settings, &place, &decide::stashed(scratch)).is_some()
 }
 
 /// A packet that may be a request to a Service or the reply to one.
@@ -383,7 +385,7 @@ fn serve<'e, P: Form, E: Env>(
         .ok_or(Reason::TableBroken)?;
     let port = place.hash.outer_port();
     let request = match flow::find_request(&place, &decide::stashed(scratch)) {
-        Some(found) => known(env, settings, found, origin, transport.flags)?,
+        Some(found) => known(env, settings, found, origin.tunnel, transport.flags)?,
         None => None,
     };
     let (decided, direction) = if let Some(found) = request
@@ -418,32 +420,32 @@ fn nobodys(stop: Stop, origin: &Origin<'_>) -> Stop {
     stop
 }
 
-/// A record that a request found: still good, or none if the connection has ended.
+/// A record that a request from tunnel `origin` found: still good, or none if the connection has ended.
 ///
 /// # Errors
 /// `TunnelChanged`, `Martian` (drop).
 #[inline(always)]
-fn known<'e, E: Env>(
+pub(crate) fn known<'e, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     found: Found<'e>,
-    origin: &Origin<'_>,
+    origin: u32,
     tcp_flags: u8,
 ) -> Step<Option<Found<'e>>> {
     let r = found.record;
     let stop = |reason| Stop { reason, service: field!(r, FlowRecord, service).get() };
     let tunnel = field!(r, FlowRecord, tunnel).get();
-    if tunnel != origin.tunnel {
+    if tunnel != origin {
         // What came out of a tunnel has proved its source. It wins against a record that a plain
         // packet made, and, once the tables have changed, against one of another tunnel.
-        if origin.tunnel == 0 || tunnel != 0 && !decide::is_stale(env, settings, &found) {
+        if origin == 0 || tunnel != 0 && !decide::is_stale(env, settings, &found) {
             return Err(stop(Reason::TunnelChanged));
         }
         flow::release(env, &found);
         return Ok(None);
     }
     let flags = field!(r, FlowRecord, flags).get();
-    if origin.tunnel == 0 && flags & record_flags::FROM_POD != 0 {
+    if origin == 0 && flags & record_flags::FROM_POD != 0 {
         // A pod of this node does not speak over the wire.
         return Err(stop(Reason::Martian));
     }
@@ -526,7 +528,7 @@ fn replay_flow<'e, P: Form, E: Env>(
         rewrite.write_checksum(packet.ip.proto, transport);
     }
     let inside = replay::address(&door, packet, !P::GENERAL, port);
-    replay::touch(env, settings, scratch, found, transport.flags, is_reply);
+    replay::touch(env, settings, scratch, found, transport.flags, is_reply, decided.new);
     if !found.is_still_there() {
         return Err(stop(Reason::FlowChanged));
     }

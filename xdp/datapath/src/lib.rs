@@ -28,6 +28,7 @@ pub mod csum;
 pub mod decide;
 pub mod encap;
 pub mod env;
+pub mod flood;
 pub mod flow;
 pub mod fragment;
 pub mod hash;

@@ -758,7 +758,7 @@ fn out_of<F: Frame>(frame: &F, ifindex: u32) -> Action {
 }
 
 /// Renews a record's time stamp and state, both only when they change: the established path does
-/// not write. The packet stands in `scratch`.
+/// not write. The packet stands in `scratch`; `new` if it made the record.
 #[inline(always)]
 pub fn touch<E: Env>(
     env: &E,
@@ -767,6 +767,7 @@ pub fn touch<E: Env>(
     found: &Found<'_>,
     flags: u8,
     reply: bool,
+    new: bool,
 ) {
     let r = found.record;
     let now = env.now();
@@ -779,7 +780,8 @@ pub fn touch<E: Env>(
     let state = field!(r, FlowRecord, state);
     let old = state.get();
     if proto == IPPROTO_TCP {
-        if !tcp::is_quiet(r, scratch, old, flags, reply) {
+        // The SYN that made the record says nothing more.
+        if !(tcp::is_quiet(r, scratch, old, flags, reply) || new && tcp::is_syn(flags)) {
             env.follow(found.slot, found.tag, tcp::Segment::new(flags, reply));
         }
         return;

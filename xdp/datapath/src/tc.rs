@@ -16,6 +16,7 @@ use crate::answer;
 use crate::decide::{self, Decided, Origin};
 use crate::env::Env;
 use crate::field;
+use crate::flood;
 use crate::flow::{self, Found};
 use crate::fragment;
 use crate::parse::{self, Form, Later, Transport};
@@ -138,14 +139,16 @@ fn to_client<'e, P: Form, E: Env>(
     decide::stash(scratch, &packet.ip, &transport);
     let place = flow::place(env, settings, packet.ip.l3.dst(), transport.dst, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
-    let found = flow::find_reply(&place, &decide::stashed(scratch)).ok_or(Reason::NoService)?;
+    let found = flow::find_reply(&place, &decide::stashed(scratch))
+        .or_else(|| flood::find_reply(env, settings, &place, &decide::stashed(scratch)))
+        .ok_or(Reason::NoService)?;
     let r = found.record;
     if field!(r, FlowRecord, flags).get() & record_flags::SNAT != 0 {
         return Err(Reason::NoService.into());
     }
     let rewrite = Rewrite::reply(r);
     rewrite.write(&packet.ip, &transport, false);
-    replay::touch(env, settings, scratch, &found, transport.flags, true);
+    replay::touch(env, settings, scratch, &found, transport.flags, true, false);
     let owner = owner(r, Direction::Reply, false);
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
@@ -193,9 +196,9 @@ fn short_cut<'e, P: Form, E: Env>(
     let client = answered(settings, packet);
     let place = flow::place(env, settings, client, transport.dst, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
-    let Some(found) = flow::find_reply(&place, &decide::stashed(scratch)) else {
-        return Ok(None);
-    };
+    let found = flow::find_reply(&place, &decide::stashed(scratch))
+        .or_else(|| flood::find_reply(env, settings, &place, &decide::stashed(scratch)));
+    let Some(found) = found else { return Ok(None) };
     let r = found.record;
     let out = if is_hairpin(r) {
         check_hop(scratch, packet, r)?;
@@ -214,7 +217,7 @@ fn short_cut<'e, P: Form, E: Env>(
     };
     let rewrite = Rewrite::reply(r);
     rewrite.write(&packet.ip, transport, true);
-    replay::touch(env, settings, scratch, &found, transport.flags, true);
+    replay::touch(env, settings, scratch, &found, transport.flags, true, false);
     let owner = owner(r, Direction::Reply, false);
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });
@@ -363,7 +366,7 @@ fn pod_request<'e, P: Form, E: Env>(
     }
     let rewrite = Rewrite::request(found.record);
     rewrite.write(&packet.ip, transport, action != Action::Pass);
-    replay::touch(env, settings, scratch, found, transport.flags, false);
+    replay::touch(env, settings, scratch, found, transport.flags, false, decided.new);
     let owner = owner(found.record, Direction::Forward, decided.new);
     if !found.is_still_there() {
         return Err(Stop { reason: Reason::FlowChanged, service: owner.service });

@@ -147,6 +147,20 @@ fn after(r: At<'_, FlowRecord>, scratch: At<'_, Scratch>, old: u32, segment: Seg
     new
 }
 
+/// Whether a request acknowledges the reply, which only somebody who got it can.
+#[inline(always)]
+pub fn acknowledges_reply(
+    r: At<'_, FlowRecord>,
+    scratch: At<'_, Scratch>,
+    state: u32,
+    flags: u8,
+) -> bool {
+    let ack = field!(scratch, Scratch, ack).get().host();
+    flags & (TCP_ACK | TCP_SYN | TCP_RST) == TCP_ACK
+        && state & flow_state::REPLIED != 0
+        && ack.wrapping_sub(field!(r, FlowRecord, ack_forward).get()) < NEAR
+}
+
 /// Whether a request is a plain SYN, which may begin a connection.
 #[inline(always)]
 pub fn is_syn(flags: u8) -> bool {

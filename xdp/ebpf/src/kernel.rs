@@ -5,7 +5,7 @@ use crate::trap;
 use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::{bpf_jiffies64, generated};
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet, Fragment, Frontend,
     FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot,
     Trap, Tunnel, Vtep, VtepKey,
 };
@@ -182,6 +182,14 @@ impl Env for Kernel {
     #[inline(always)]
     fn source_bucket(&self, index: u32) -> Option<At<'_, Bucket>> {
         at!(sl_bucket_v1.get_ptr_mut(index))
+    }
+    #[inline(always)]
+    fn flood(&self) -> Option<At<'_, FloodWord>> {
+        at!(sl_flood_v1.get_ptr_mut(0))
+    }
+    #[inline(always)]
+    fn flood_cpu(&self) -> Option<At<'_, FloodCpu>> {
+        at!(sl_floodcpu_v1.get_ptr_mut(0))
     }
     #[inline(always)]
     fn cpu_bucket(&self) -> Option<At<'_, Bucket>> {

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_spin_lock};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet, Fragment, Frontend,
     FrontendKey, Hook, JUMP_SLOTS, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
     Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
@@ -47,7 +47,7 @@ pub static sl_tunnel_v1: Array<Tunnel, { sluice_abi::MAX_TUNNELS as usize }> = A
 #[btf_map]
 pub static sl_nexthop_v1: Array<NextHop, { maps::DEFAULT_NEXTHOPS as usize }> = Array::new();
 #[btf_map]
-pub static sl_flow_v1: Array<FlowSet, { maps::DEFAULT_FLOW_SETS as usize }, MMAPABLE> =
+pub static sl_flow_v1: Array<FlowSet, { maps::DEFAULT_ALL_FLOW_SETS as usize }, MMAPABLE> =
     Array::new();
 #[btf_map]
 pub static sl_flowlock_v1: Array<FlowLock, { maps::FLOW_LOCKS as usize }> = Array::new();
@@ -78,6 +78,10 @@ pub static sl_frag_v1: Array<Fragment, { maps::DEFAULT_FRAGMENTS as usize }> = A
 pub static sl_near_v1: PerCpuArray<Near, 1> = PerCpuArray::new();
 #[btf_map]
 pub static sl_lookups_v1: Array<u32, 1> = Array::new();
+#[btf_map]
+pub static sl_flood_v1: Array<FloodWord, 1, MMAPABLE> = Array::new();
+#[btf_map]
+pub static sl_floodcpu_v1: PerCpuArray<FloodCpu, 1> = PerCpuArray::new();
 #[btf_map]
 pub static sl_jump_v1: ProgramArray<{ JUMP_SLOTS as usize }> = ProgramArray::new();
 #[btf_map]

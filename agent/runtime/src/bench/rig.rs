@@ -3,12 +3,12 @@
 use std::collections::HashMap as StdHashMap;
 use std::time::Duration;
 
-use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, ProgramArray};
+use aya::maps::{Array, HashMap, Map, MapError, PerCpuArray, PerCpuValues, ProgramArray};
 use aya::programs::{ProgramError, ProgramFd, ProgramInfo, TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use sluice_abi::{
-    Addr, BENCH_RUN, BENCH_TARGETS, BenchRun, BenchTarget, FlowSet, Hook, REASONS, ReasonCounter,
-    ServiceCounter, Settings, flow_state, flow_tag, maps,
+    Addr, BENCH_RUN, BENCH_TARGETS, BenchRun, BenchTarget, Flood, FloodCpu, FloodWord, FlowSet,
+    Hook, REASONS, ReasonCounter, ServiceCounter, Settings, flow_state, flow_tag, maps,
 };
 use sluice_control::NodeContext;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -106,6 +106,7 @@ impl Rig {
         let config = Config { maps: self.sizes, ..Config::default() };
         let s = &mut self.settings;
         settings::fill(s, &config, &NodeContext::default(), 250);
+        s.flood.limit = 0;
         s.seeds.flow = 0x7c15_9e37_79b9_7f4b;
         s.vxlan_ports = [sluice_abi::Be16::new(tables::VXLAN_PORT); 2];
         if self.sizes.flow_sets > config::Config::default().maps.flow_sets {
@@ -175,6 +176,7 @@ impl Rig {
         if !scenario.needs_opening() {
             return Ok(());
         }
+        self.guard(false)?;
         let packet = scenario.request(SYN);
         let run = packet.run(scenario.target(), scenario.flows, 0);
         let service = scenario.expected().service;
@@ -229,7 +231,8 @@ impl Rig {
         } else {
             scenario.request(scenario.flags())
         };
-        let next = self.next.get(scenario).copied().unwrap_or_default();
+        self.guard(scenario.kind == Kind::DnatFlood)?;
+        let next = self.next.get(scenario).copied().unwrap_or_else(|| scenario.first());
         let run = packet.run(scenario.target(), scenario.flows, next);
         let expected = scenario.expected();
         let before = self.counts(expected.service)?;
@@ -246,6 +249,28 @@ impl Rig {
             )));
         }
         Ok(Sample { per_packet })
+    }
+
+    /// Lets the flood guard take all new connections from now on, or none.
+    fn guard(&mut self, on: bool) -> Result<(), BenchError> {
+        // Nothing is too much, and no window ends: it stays as it is set.
+        let limit = if on { u32::MAX } else { 0 };
+        if self.settings.flood.limit == limit {
+            return Ok(());
+        }
+        self.settings.flood = Flood { limit, window: u32::MAX, ..self.settings.flood };
+        let settings = self.settings;
+        self.array(maps::SETTINGS, [(0, settings)])?;
+        self.array(maps::FLOOD, [(0, FloodWord::default())])?;
+        let name = maps::FLOOD_CPU;
+        let (object, kind) = ("BPF", "map");
+        let map = self.node.map_mut(name).ok_or(BenchError::Missing { object, kind, name })?;
+        let mut array: PerCpuArray<_, Plain<FloodCpu>> = map.try_into().map_err(map_error(name))?;
+        let cpus = array.get(&0, 0).map_err(map_error(name))?;
+        let cpus: Vec<_> = cpus.iter().map(|c| Plain(FloodCpu { on: on as u32, ..c.0 })).collect();
+        let cpus =
+            PerCpuValues::try_from(cpus).map_err(|e| map_error(name)(MapError::IoError(e)))?;
+        array.set(0, cpus, 0).map_err(map_error(name))
     }
 
     /// Runs the wrapper: action and length of the last packet, time per packet.

@@ -24,6 +24,8 @@ pub enum Kind {
     DnatRemote,
     /// To a Service, a connection never seen before, pod of this node.
     DnatNew,
+    /// The same while the flood guard is on.
+    DnatFlood,
     /// Out of a tunnel to a Service, known connection, pod of this node.
     DecapDnat,
     /// Out of a tunnel to a Service, a connection never seen before, pod of this node.
@@ -57,7 +59,7 @@ pub struct Expected {
 
 impl Kind {
     /// Every kind, in the order of the report.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 12] = [
         Kind::Floor,
         Kind::FloorHead,
         Kind::Pass,
@@ -68,6 +70,7 @@ impl Kind {
         Kind::ReplyRemote,
         Kind::DecapDnat,
         Kind::DnatNew,
+        Kind::DnatFlood,
         Kind::DecapDnatNew,
     ];
 
@@ -82,6 +85,7 @@ impl Kind {
             Kind::DnatLocal => "dnat-local",
             Kind::DnatRemote => "dnat-remote",
             Kind::DnatNew => "dnat-new",
+            Kind::DnatFlood => "dnat-flood",
             Kind::DecapDnat => "decap-dnat",
             Kind::DecapDnatNew => "decap-dnat-new",
             Kind::ReplyRemote => "reply-remote",
@@ -99,6 +103,7 @@ impl Kind {
             Kind::DnatLocal => "known connection, to a local pod",
             Kind::DnatRemote => "known connection, source rewritten, encapsulated to another node",
             Kind::DnatNew => "every packet a new connection, full table, to a local pod",
+            Kind::DnatFlood => "the same above the cap: the flood guard is on",
             Kind::DecapDnat => "VXLAN undone, known connection, to a local pod",
             Kind::DecapDnatNew => "VXLAN undone, every packet a new connection, full table",
             Kind::ReplyRemote => "VXLAN undone, reply translated back, to a client",
@@ -112,7 +117,7 @@ impl Kind {
 
     /// Whether every packet begins a connection.
     pub const fn is_new(self) -> bool {
-        matches!(self, Kind::DnatNew | Kind::DecapDnatNew)
+        matches!(self, Kind::DnatNew | Kind::DnatFlood | Kind::DecapDnatNew)
     }
 
     /// Whose packets they are, unless they come from a pod.
@@ -188,7 +193,9 @@ impl Scenario {
             Kind::Pass => (action::PASS, Some(Reason::NoService), plain),
             Kind::Drop => (action::DROP, Some(Reason::InnerSource), plain + outer),
             Kind::Decap => (action::REDIRECT, Some(Reason::DecapLocal), plain),
-            Kind::DnatLocal | Kind::DnatNew => (action::REDIRECT, Some(Reason::DnatLocal), plain),
+            Kind::DnatLocal | Kind::DnatNew | Kind::DnatFlood => {
+                (action::REDIRECT, Some(Reason::DnatLocal), plain)
+            }
             Kind::DnatRemote => (action::TX, Some(Reason::DnatRemote), plain + outer),
             Kind::DecapDnat | Kind::DecapDnatNew => {
                 (action::REDIRECT, Some(Reason::DecapDnatLocal), plain)
@@ -196,9 +203,11 @@ impl Scenario {
             Kind::ReplyRemote => (action::TX, Some(Reason::ReplyRemote), plain),
         };
         let service = match self.kind {
-            Kind::DnatLocal | Kind::DnatNew | Kind::DecapDnat | Kind::DecapDnatNew => {
-                tables::service(self.family, false)
-            }
+            Kind::DnatLocal
+            | Kind::DnatNew
+            | Kind::DnatFlood
+            | Kind::DecapDnat
+            | Kind::DecapDnatNew => tables::service(self.family, false),
             Kind::DnatRemote | Kind::ReplyRemote => tables::service(self.family, true),
             _ => 0,
         };
@@ -224,7 +233,7 @@ impl Scenario {
         let peer = tables::peer_client(family, self.kind.is_new());
         match self.kind {
             Kind::Floor | Kind::Pass => Packet::plain(&outside(tables::elsewhere(family)), true),
-            Kind::DnatLocal | Kind::DnatNew => {
+            Kind::DnatLocal | Kind::DnatNew | Kind::DnatFlood => {
                 Packet::plain(&outside(tables::local_vip(family)), true)
             }
             Kind::DnatRemote | Kind::ReplyRemote => {
@@ -261,6 +270,12 @@ impl Scenario {
     /// Control bits of the packets that are measured.
     pub const fn flags(&self) -> u8 {
         if self.kind.is_new() { SYN } else { ACK }
+    }
+
+    /// Number of the first packet: those of connections never seen before are others than those of
+    /// the same clients in another scenario.
+    pub const fn first(&self) -> u32 {
+        if matches!(self.kind, Kind::DnatFlood) { NEVER_AGAIN / 2 } else { 0 }
     }
 
     /// Whether the connections must be known beforehand.

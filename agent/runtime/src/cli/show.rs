@@ -13,6 +13,7 @@ use sluice_control::Names;
 
 use super::{CliError, Output, Place, Show, colour, out};
 use crate::attach::pinned_jiffies;
+use crate::flood::Guard;
 use crate::run_dir::Status;
 
 fn table(columns: &[&str]) -> Table {
@@ -74,12 +75,14 @@ pub(super) fn status(show: &Show) -> Result<ExitCode, CliError> {
     }
     let settings: Option<Settings> = place.pins.settings().and_then(|s| s.read(0)).ok();
     let bypass = settings.is_some_and(|s| s.flags & settings_flags::BYPASS != 0);
+    let guard = settings.and_then(|s| flood_guard(&place, &s));
     let code = if status.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     if show.output == Output::Json {
         let mut value = serde_json::to_value(&status).unwrap_or_default();
         if let Value::Object(fields) = &mut value {
             fields.insert("running".to_owned(), running.into());
             fields.insert("bypass".to_owned(), bypass.into());
+            fields.insert("flood_guard".to_owned(), json!(guard));
             fields.insert("epoch".to_owned(), settings.map(|s| s.epoch).unwrap_or_default().into());
         }
         print_json(&value)?;
@@ -108,9 +111,13 @@ pub(super) fn status(show: &Show) -> Result<ExitCode, CliError> {
     }
     let t = &status.tables;
     text.push_str(&format!(
-        "tables  {} service ports, {} frontends, {} backends, {} local pods, {} vteps, {} next hops ({} unresolved)\n\n",
+        "tables  {} service ports, {} frontends, {} backends, {} local pods, {} vteps, {} next hops ({} unresolved)\n",
         t.services, t.frontends, t.backends, t.pods, t.vteps, t.next_hops, t.next_hops_unresolved
     ));
+    if let Some(guard) = guard {
+        text.push_str(&format!("flood guard  {}\n", guard.line()));
+    }
+    text.push('\n');
     out(&text)?;
     let mut interfaces =
         table(&["INTERFACE", "ROLE", "MODE", "TC INGRESS", "TC EGRESS", "DELIVERY"]);
@@ -161,6 +168,12 @@ pub(super) fn status(show: &Show) -> Result<ExitCode, CliError> {
         out(&format!("\n{text}"))?;
     }
     Ok(code)
+}
+
+/// The flood guard, as the maps have it.
+fn flood_guard(place: &Place, settings: &Settings) -> Option<Guard> {
+    let cpus = place.pins.counters().and_then(|c| c.flood()).ok()?;
+    Some(Guard::new(&cpus, settings, pinned_jiffies(place.pins.dir()).ok()))
 }
 
 fn kinds(flags: u32) -> Vec<&'static str> {
@@ -360,7 +373,8 @@ pub(super) fn flows(show: &Show, service: Option<&str>, limit: usize) -> Result<
         service
             .is_none_or(|s| name == s || name.strip_prefix(s).is_some_and(|r| r.starts_with(':')))
     };
-    let table_of_flows = pins.flows()?;
+    let settings: Settings = pins.settings()?.read(0)?;
+    let table_of_flows = pins.flows()?.with_sets(settings.flow_set_mask.saturating_add(1));
     let mut found: Vec<_> = table_of_flows
         .iter()
         .map(|f| (service_name(&names, f.record.service), f))
@@ -390,6 +404,7 @@ pub(super) fn flows(show: &Show, service: Option<&str>, limit: usize) -> Result<
                     "source": endpoint(r.source, r.source_port),
                     "snat": r.flags & record_flags::SNAT != 0,
                     "state": state_words(r.proto, r.state),
+                    "guarded": table_of_flows.is_guarded(f),
                     "forward": exit_words(&r.forward),
                     "reply": exit_words(&r.reply),
                     "epoch": r.epoch,
@@ -424,7 +439,11 @@ pub(super) fn flows(show: &Show, service: Option<&str>, limit: usize) -> Result<
             } else {
                 String::new()
             },
-            state_words(r.proto, r.state).to_owned(),
+            if table_of_flows.is_guarded(f) {
+                format!("{}, guarded", state_words(r.proto, r.state))
+            } else {
+                state_words(r.proto, r.state).to_owned()
+            },
             time(seconds(r.seen)),
             time(seconds(r.created)),
             exit_words(&r.forward),
@@ -512,6 +531,8 @@ pub(super) fn counters(show: &Show) -> Result<(), CliError> {
     let counters = pins.counters()?;
     let reasons = counters.reasons()?;
     let answers = counters.answers()?;
+    let settings: Settings = pins.settings()?.read(0)?;
+    let guard = Guard::new(&counters.flood()?, &settings, pinned_jiffies(pins.dir()).ok());
     let mut services = Vec::new();
     for (id, name) in &names.services {
         services.push((*id, name.clone(), counters.service(*id)?));
@@ -534,6 +555,7 @@ pub(super) fn counters(show: &Show) -> Result<(), CliError> {
                 "sent": c.sent,
                 "limited": c.limited,
             })).collect::<Vec<_>>(),
+            "flood_guard": guard,
             "services": services.iter().map(|(id, name, c)| json!({
                 "service": name,
                 "id": id,
@@ -578,6 +600,18 @@ pub(super) fn counters(show: &Show) -> Result<(), CliError> {
             ]);
         }
         print(&by_kind)?;
+        out("\n")?;
+    }
+    if guard.put > 0 {
+        let mut of_guard = table(&["FLOOD GUARD", "CONNECTIONS"]);
+        for (name, count) in [
+            ("taken", guard.put),
+            ("went on to the connection table", guard.promoted),
+            ("overwritten", guard.overwritten),
+        ] {
+            of_guard.add_row(vec![name.to_owned(), count.to_string()]);
+        }
+        print(&of_guard)?;
         out("\n")?;
     }
     let mut by_service =

@@ -124,6 +124,14 @@ impl Config {
                 "write a power of two; one set holds 16 connections and takes 3136 bytes",
             );
         }
+        if !maps.flood_records.is_power_of_two() || maps.flood_records < 16 {
+            return misfit(
+                "maps.flood_records",
+                maps.flood_records,
+                "not a power of two, or less than 16",
+                "write a power of two; 16 take 3136 bytes. datapath.flood_rate = 0 turns the guard off",
+            );
+        }
         if !maps.fragments.is_power_of_two() {
             let remedy = "write a power of two; an entry takes 64 bytes";
             return misfit("maps.fragments", maps.fragments, "not a power of two", remedy);

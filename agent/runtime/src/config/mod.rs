@@ -179,6 +179,8 @@ pub struct Datapath {
     /// The same for IPv6.
     #[serde(deserialize_with = "address")]
     pub hairpin_v6: Option<Ipv6Addr>,
+    /// New connections of a CPU in a second above which it guards itself; 0: never.
+    pub flood_rate: u32,
     /// Features of devices that stand in the way of XDP may be switched.
     pub change_device_features: bool,
     /// Overrides for single interfaces, by name.
@@ -312,8 +314,17 @@ pub struct Maps {
     pub nexthops: u32,
     /// Sets of the flow table, 16 connections each.
     pub flow_sets: u32,
+    /// New connections in the places of the flood guard.
+    pub flood_records: u32,
     /// Fragmented packets under way at once.
     pub fragments: u32,
+}
+
+impl Maps {
+    /// Sets of the map of connections: those of the table and those of the flood guard.
+    pub const fn all_flow_sets(&self) -> u32 {
+        self.flow_sets + self.flood_records / sluice_abi::FLOW_WAYS as u32
+    }
 }
 
 /// `[timeouts]`.
@@ -529,6 +540,7 @@ mod tests {
             ("[timeouts]\ntcp_syn = '5 parsecs'", ["5 parsecs", "unit"]),
             ("[timeouts]\nstamp = '1h'", ["timeouts.stamp", "1s"]),
             ("[maps]\nflow_sets = 5", ["maps.flow_sets = 5", "power of two"]),
+            ("[maps]\nflood_records = 24", ["maps.flood_records = 24", "power of two"]),
             ("[maps]\nfragments = 0", ["maps.fragments = 0", "power of two"]),
             ("[datapath]\nmode = 'fast'", ["fast", "native"]),
             ("[datapath]\nuplinks = ['[']", ["[", "shell"]),

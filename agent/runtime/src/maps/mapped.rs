@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::MapData;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use sluice_abi::{FLOW_WAYS, FlowRecord, FlowSet, SnatSlot, flow_tag, maps};
+use sluice_abi::{FLOW_WAYS, FloodWord, FlowRecord, FlowSet, SnatSlot, flow_tag, maps};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::MapsError;
@@ -138,24 +138,50 @@ pub struct Flow {
     pub record: FlowRecord,
 }
 
-/// `sl_flow_v1` with `sl_snat_v1`.
+/// `sl_flow_v1` with `sl_snat_v1` and `sl_flood_v1`.
 pub struct FlowTable {
     flows: Mapped,
     sets: u32,
+    /// First set of the flood guard.
+    guard: u32,
+    word: Mapped,
     snat: Mapped,
     slots: u32,
 }
 
 impl FlowTable {
-    pub(super) fn open(flow: MapData, snat: MapData) -> Result<Self, MapsError> {
+    pub(super) fn open(flow: MapData, snat: MapData, flood: MapData) -> Result<Self, MapsError> {
         let (flows, sets) = Mapped::open(&flow, maps::FLOW)?;
         let (snat, slots) = Mapped::open(&snat, maps::SNAT)?;
-        Ok(Self { flows, sets, snat, slots })
+        let (word, _) = Mapped::open(&flood, maps::FLOOD)?;
+        Ok(Self { flows, sets, guard: sets, word, snat, slots })
     }
 
-    /// Number of records that fit.
+    /// The same table, of which `sets` are the flow table's and the others the flood guard's.
+    pub fn with_sets(self, sets: u32) -> Self {
+        Self { guard: sets.min(self.sets), ..self }
+    }
+
+    /// Number of records that fit, those of the flood guard not counted.
     pub fn capacity(&self) -> u64 {
-        u64::from(self.sets) * FLOW_WAYS as u64
+        u64::from(self.guard) * FLOW_WAYS as u64
+    }
+
+    /// Whether the flood guard has a record, and not the flow table.
+    pub fn is_guarded(&self, flow: &Flow) -> bool {
+        flow.set >= self.guard
+    }
+
+    /// Whether the flood guard may hold records.
+    pub fn flood_word(&self) -> FloodWord {
+        FloodWord(self.word.word64(0).map_or(0, |word| word.load(Ordering::Acquire)))
+    }
+
+    /// Says that the flood guard holds no records, unless one came since it said `word`.
+    pub fn clear_flood_word(&self, word: FloodWord) -> bool {
+        self.word.word64(0).is_some_and(|at| {
+            at.compare_exchange(word.0, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        })
     }
 
     fn set_at(set: u32) -> usize {

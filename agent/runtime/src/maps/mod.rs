@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use sluice_abi::maps;
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Frontend, FrontendKey, Hook, NextHop,
-    Pod, REASONS, Reason, ReasonCounter, ServiceCounter, Settings, Tunnel, Vtep, VtepKey,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, FloodCpu, Frontend, FrontendKey,
+    Hook, NextHop, Pod, REASONS, Reason, ReasonCounter, ServiceCounter, Settings, Tunnel, Vtep,
+    VtepKey,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -193,9 +194,10 @@ impl Pins {
         MaglevTable::open(self.data(maps::MAGLEV)?)
     }
 
-    /// `sl_flow_v1` and `sl_snat_v1`, mapped into memory.
+    /// `sl_flow_v1`, `sl_snat_v1` and `sl_flood_v1`, mapped into memory.
     pub fn flows(&self) -> Result<FlowTable, MapsError> {
-        FlowTable::open(self.data(maps::FLOW)?, self.data(maps::SNAT)?)
+        let data = |name| self.data(name);
+        FlowTable::open(data(maps::FLOW)?, data(maps::SNAT)?, data(maps::FLOOD)?)
     }
 
     /// The counters.
@@ -205,6 +207,7 @@ impl Pins {
             services: self.per_cpu(maps::SERVICE_STAT)?,
             backends: self.per_cpu(maps::BACKEND_STAT)?,
             answers: self.per_cpu(maps::ANSWER)?,
+            flood: self.per_cpu(maps::FLOOD_CPU)?,
         })
     }
 
@@ -351,6 +354,7 @@ pub struct Counters {
     services: PerCpuTable<ServiceCounter>,
     backends: PerCpuTable<BackendCounter>,
     answers: PerCpuTable<AnswerCounter>,
+    flood: PerCpuTable<FloodCpu>,
 }
 
 impl Counters {
@@ -410,6 +414,11 @@ impl Counters {
             rows.push((kind, sum));
         }
         Ok(rows)
+    }
+
+    /// The flood guard, by CPU.
+    pub fn flood(&self) -> Result<Vec<FloodCpu>, MapsError> {
+        self.flood.read(0)
     }
 
     /// Zeroes the counters of Service `id`, before the id is given to another Service.

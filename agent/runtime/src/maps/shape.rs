@@ -5,9 +5,9 @@
 
 use aya::maps::{MapInfo, MapType};
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FlowSet, Fragment, Frontend,
-    FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS, Near, NextHop, Pod, ReasonCounter, Scratch,
-    ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet,
+    Fragment, Frontend, FrontendKey, Hook, JUMP_SLOTS, MAX_TUNNELS, Near, NextHop, Pod,
+    ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 use super::{MapsError, Pins};
@@ -51,7 +51,7 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<VtepKey, u32>(maps::VTEP_SOURCE, Hash, sizes.vtep_sources),
         shape::<u32, Tunnel>(maps::TUNNEL, Array, MAX_TUNNELS),
         shape::<u32, NextHop>(maps::NEXTHOP, Array, sizes.nexthops),
-        shape::<u32, FlowSet>(maps::FLOW, Array, sizes.flow_sets),
+        shape::<u32, FlowSet>(maps::FLOW, Array, sizes.all_flow_sets()),
         shape::<u32, u32>(maps::FLOW_LOCK, Array, maps::FLOW_LOCKS),
         shape::<u32, Scratch>(maps::SCRATCH, PerCpuArray, 1),
         shape::<u32, SnatSlot>(maps::SNAT, Array, maps::SNAT_SLOTS),
@@ -66,6 +66,8 @@ pub fn shapes(sizes: &config::Maps) -> Vec<Shape> {
         shape::<u32, Fragment>(maps::FRAGMENT, Array, sizes.fragments),
         shape::<u32, Near>(maps::NEAR, PerCpuArray, 1),
         shape::<u32, u32>(maps::LOOKUPS, Array, 1),
+        shape::<u32, FloodWord>(maps::FLOOD, Array, 1),
+        shape::<u32, FloodCpu>(maps::FLOOD_CPU, PerCpuArray, 1),
     ]
 }
 

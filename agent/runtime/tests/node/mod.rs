@@ -29,6 +29,7 @@ impl Node {
             vtep_sources: 16,
             nexthops: 16,
             flow_sets: 4,
+            flood_records: 16,
             fragments: 16,
         }
     }
