@@ -15,6 +15,7 @@ use sluice_datapath::access::{At, Frame};
 use sluice_datapath::csum::{Sum, update, update_udp};
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
+use sluice_datapath::flow;
 use sluice_datapath::fragment;
 use sluice_datapath::parse::{AtTc, General, Later, Plain};
 use sluice_datapath::tcp::{self, Segment};
@@ -390,6 +391,9 @@ impl Env for Host {
     }
     fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment) {
         tcp::follow(self.unlocked(), slot, tag, segment);
+    }
+    fn find(&self, reply: bool) -> SnatSlot {
+        flow::find(self.unlocked(), reply)
     }
     fn flow_lock(&self, set: u32) -> Option<Self::Lock> {
         self.unlocked();

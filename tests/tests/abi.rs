@@ -72,7 +72,7 @@ layouts! {
     FrontendKey { addr, port, proto, reserved }
     Near { sources, pods }
     NearPod { addr, generation, is_pod, pod }
-    NearSource { source, vni, generation, index, reserved }
+    NearSource { key, generation, index, reserved }
     NextHop { ifindex, mtu, dst_mac, src_mac, reserved }
     OwnMac { ifindex, mac, reserved }
     Pod { ifindex, delivery, pod_mac, host_mac, reserved, mtu }

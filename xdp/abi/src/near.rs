@@ -1,6 +1,6 @@
 //! Answers of hash tables that a CPU remembers, so that it need not ask again.
 
-use crate::{Addr, Be32, Pod};
+use crate::{Addr, Pod, VtepKey};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Answers of each kind that a CPU remembers. A power of two; an answer's place is a hash of the
@@ -13,10 +13,8 @@ pub const NEAR_PLACES: usize = 256;
 )]
 #[repr(C)]
 pub struct NearSource {
-    /// Outer source address.
-    pub source: Addr,
-    /// VNI as on the wire, reserved byte zero.
-    pub vni: Be32,
+    /// Whose packets.
+    pub key: VtepKey,
     /// Value of `sl_lookups_v1` when the table was asked; 0: never.
     pub generation: u32,
     /// The VTEP's index.

@@ -1,7 +1,7 @@
 //! The tables that the agent compiles from Kubernetes objects and netlink facts.
 
 use crate::{Addr, Be16, Be32, Mac};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes, Unaligned};
 
 /// Key of `sl_frontend_v1`: where a Service is reached, or ([`FrontendKey::address`]) an address that
 /// is Services' alone. 20 bytes.
@@ -307,6 +307,7 @@ impl Vtep {
     IntoBytes,
     Immutable,
     KnownLayout,
+    Unaligned,
 )]
 #[repr(C)]
 pub struct VtepKey {

@@ -45,6 +45,8 @@ pub trait Env {
     fn decide(&self) -> Answer;
     /// Runs [`follow`](crate::tcp::follow).
     fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment);
+    /// Runs [`find`](crate::flow::find) on the tuple in the scratch room.
+    fn find(&self, reply: bool) -> SnatSlot;
     /// The lock of a set.
     fn flow_lock(&self, set: u32) -> Option<Self::Lock>;
     /// Takes a lock; between this and [`Env::unlock`] no other method may be called (the verifier

@@ -2,9 +2,11 @@
 
 use crate::access::{At, opaque};
 use crate::csum::Sum;
+use crate::decide;
 use crate::env::Env;
 use crate::field;
 use crate::hash::{self, FlowHash};
+use crate::parse::Form;
 use crate::tcp;
 use sluice_abi::{
     Addr, Backend, Be16, FLOW_WAYS, FlowRecord, FlowSet, IPPROTO_TCP, Scratch, Seeds, Settings,
@@ -225,6 +227,44 @@ pub fn find_request<'a>(place: &Place<'a>, tuple: &Tuple) -> Option<Found<'a>> {
 #[inline(always)]
 pub fn find_reply<'a>(place: &Place<'a>, tuple: &Tuple) -> Option<Found<'a>> {
     search(place.set, place.index, place.hash, |r| is_reply(r, tuple))
+}
+
+/// Where the record is whose request, or reply with the client's address kept, stands in the scratch
+/// room; [`SnatSlot::FREE`] if there is none. In the kernel this is a function of its own.
+#[inline(always)]
+pub fn find<E: Env>(env: &E, reply: bool) -> SnatSlot {
+    let (Some(settings), Some(scratch)) = (env.settings(), env.scratch()) else {
+        return SnatSlot::FREE;
+    };
+    let tuple = decide::stashed(scratch);
+    let (client, port) =
+        if reply { (tuple.dst, tuple.dst_port) } else { (tuple.src, tuple.src_port) };
+    let Some(place) = place(env, settings, client, port, tuple.proto) else {
+        return SnatSlot::FREE;
+    };
+    let found = search(place.set, place.index, place.hash, |r| {
+        if reply { is_reply(r, &tuple) } else { is_request(r, &tuple) }
+    });
+    found.map_or(SnatSlot::FREE, |found| found.slot)
+}
+
+/// The record whose request, or reply with the client's address kept, stands in the scratch room. The
+/// general form has it found by [`find`]: its ways are many, and the verifier walks the search on each.
+#[inline(always)]
+pub fn known<'a, P: Form, E: Env>(
+    env: &'a E,
+    scratch: At<'_, Scratch>,
+    place: &Place<'a>,
+    reply: bool,
+) -> Option<Found<'a>> {
+    let tuple = decide::stashed(scratch);
+    let matches = |r| if reply { is_reply(r, &tuple) } else { is_request(r, &tuple) };
+    if !P::GENERAL {
+        return search(place.set, place.index, place.hash, matches);
+    }
+    let (index, way) = env.find(reply).owner()?;
+    let found = at(env, index, way)?;
+    matches(found.record).then_some(found)
 }
 
 /// The record whose reply this packet is, if the source was rewritten: found by the SNAT port.

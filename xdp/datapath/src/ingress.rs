@@ -366,7 +366,7 @@ fn is_for_tc<P: Form, E: Env>(env: &E, settings: At<'_, Settings>, packet: &Loca
     let tuple = decide::stashed(scratch);
     let place = flow::place(env, settings, tuple.dst, tuple.dst_port, tuple.proto);
     let Some(place) = place else { return false };
-    flow::find_reply(&place, &decide::stashed(scratch)).is_some()
+    flow::known::<P, E>(env, scratch, &place, true).is_some()
         || flood::find_reply(env, settings, &place, &decide::stashed(scratch)).is_some()
 }
 
@@ -384,7 +384,7 @@ fn serve<'e, P: Form, E: Env>(
     let place = flow::place(env, settings, packet.ip.l3.src(), transport.src, packet.ip.proto)
         .ok_or(Reason::TableBroken)?;
     let port = place.hash.outer_port();
-    let request = match flow::find_request(&place, &decide::stashed(scratch)) {
+    let request = match flow::known::<P, E>(env, scratch, &place, false) {
         Some(found) => known(env, settings, found, origin.tunnel, transport.flags)?,
         None => None,
     };

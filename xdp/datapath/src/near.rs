@@ -29,13 +29,14 @@ pub fn pod<P: Form, E: Env>(env: &E, addr: Addr) -> Option<At<'_, Pod>> {
     let is_pod = field!(entry, NearPod, is_pod);
     let asked = field!(entry, NearPod, generation);
     if generation == 0 || asked.get() != generation || field!(entry, NearPod, addr).get() != addr {
-        let found = env.pod(&addr);
+        let key = field!(entry, NearPod, addr);
+        key.set(addr);
+        let found = env.pod(key.as_key());
         // What was copied is used, too: one pointer for what follows, whichever way it came.
         if let Some(found) = found {
             pod.copy_from(found);
         }
         is_pod.set(found.is_some() as u32);
-        field!(entry, NearPod, addr).set(addr);
         asked.set(generation);
     }
     (is_pod.get() != 0).then_some(pod)
@@ -51,14 +52,16 @@ pub fn vtep_source<P: Form, E: Env>(env: &E, key: &VtepKey) -> Option<u32> {
     let entry = field!(near, Near, sources).element(place(key.source));
     let index = field!(entry, NearSource, index);
     let asked = field!(entry, NearSource, generation);
-    let (source, vni) = (field!(entry, NearSource, source), field!(entry, NearSource, vni));
-    let known = generation != 0 && asked.get() == generation;
-    if !known || source.get() != key.source || vni.get() != key.vni {
-        // Strangers are not remembered: they would push out those who are none.
-        let found = env.vtep_source(key)?.get();
-        index.set(found);
-        source.set(key.source);
-        vni.set(key.vni);
+    let known = field!(entry, NearSource, key);
+    if generation == 0 || asked.get() != generation || known.get() != *key {
+        let before = known.get();
+        known.set(*key);
+        let Some(found) = env.vtep_source(known.as_key()) else {
+            // Strangers are not remembered: they would push out those who are none.
+            known.set(before);
+            return None;
+        };
+        index.set(found.get());
         asked.set(generation);
     }
     Some(index.get())

@@ -12,6 +12,7 @@ use sluice_abi::{
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};
 use sluice_datapath::env::Env;
+use sluice_datapath::flow;
 use sluice_datapath::fragment;
 use sluice_datapath::tcp::{self, Segment};
 
@@ -25,11 +26,12 @@ pub fn jiffies() -> u32 {
     unsafe { bpf_jiffies64() as u32 }
 }
 
-/// [`decide::answer`] as a global function, which the verifier checks once and by itself. The
-/// argument is not used; a function without one confuses older verifiers' logs.
+/// [`decide::answer`] as a global function, which the verifier checks once and by itself. It has
+/// no argument: the compiler would leave the register of one that is not used undefined, and the
+/// verifier refuse the call.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn sl_decide(_reserved: u32) -> u64 {
+pub extern "C" fn sl_decide() -> u64 {
     decide::answer(&Kernel).0
 }
 
@@ -41,10 +43,17 @@ pub extern "C" fn sl_segment(slot: u64, tag: u32, segment: u32) -> u64 {
     0
 }
 
+/// [`flow::find`] as a global function.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sl_find(reply: u32) -> u64 {
+    flow::find(&Kernel, reply != 0).0
+}
+
 /// [`fragment::write`] as a global function; 1 if it wrote.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn sl_note(_reserved: u32) -> u64 {
+pub extern "C" fn sl_note() -> u64 {
     fragment::write(&Kernel).is_some() as u64
 }
 
@@ -118,12 +127,16 @@ impl Env for Kernel {
     fn decide(&self) -> Answer {
         trap::count(Trap::Decide);
         // Never inlined: the verifier takes a global function's result for unknown and goes on.
-        Answer(sl_decide(0))
+        Answer(sl_decide())
     }
     #[inline(always)]
     fn follow(&self, slot: SnatSlot, tag: u32, segment: Segment) {
         trap::count(Trap::Segment);
         sl_segment(slot.0, tag, segment.0);
+    }
+    #[inline(always)]
+    fn find(&self, reply: bool) -> SnatSlot {
+        SnatSlot(sl_find(reply as u32))
     }
     #[inline(always)]
     fn flow_lock(&self, set: u32) -> Option<Self::Lock> {
@@ -150,7 +163,7 @@ impl Env for Kernel {
     }
     #[inline(always)]
     fn note(&self) {
-        sl_note(0);
+        sl_note();
     }
     #[inline(always)]
     fn now(&self) -> u32 {
