@@ -17,6 +17,7 @@ use crate::world::{Be, Svc, World, dev, ip, mac, size};
 
 mod answers;
 mod broken;
+mod echo;
 mod fragments;
 mod general;
 mod hairpin;
@@ -294,6 +295,7 @@ pub fn all() -> Vec<Fixture> {
     hairpin::add(&mut table);
     general::add(&mut table);
     icmp::add(&mut table);
+    echo::add(&mut table);
     fragments::add(&mut table);
     passed::add(&mut table);
     stopped::add(&mut table);

@@ -6,7 +6,7 @@ use sluice_abi::{
 };
 use sluice_tests::fixtures::{CLIENT_PORT, from_peer, request, tunnel_macs};
 use sluice_tests::host::Host;
-use sluice_tests::packet::Packet;
+use sluice_tests::packet::{Packet, extension, icmp};
 use sluice_tests::world::{FAMILIES, SERVICE_PORT, Svc, World, dev, ip, size};
 
 const FIRST: std::ops::Range<usize> = 0..40;
@@ -153,5 +153,46 @@ fn a26_fragments_follow_a_first_one_that_passed() {
             assert_eq!((entry.fate, entry.part), (fragment_fate::PASS, fragment_part::WHOLE));
             assert_eq!(send(&host, frame(LATER)).0, Reason::Fragment);
         }
+    }
+}
+
+#[test]
+fn a26_fragments_follow_a_message_that_passed() {
+    for family in FAMILIES {
+        let (v4, vip) = (family == Family::V4, Svc::LocalStack.addr(family));
+        let message = |kind| icmp(ip::client(family, 7), vip, kind, 1, &[7; 101]);
+        let with_options = match family {
+            Family::V4 => message((8, 0)).options_of_ip(&[1; 8]),
+            Family::V6 => message((128, 0)).extensions(&[extension(60, 16)]),
+        };
+        let cases = [
+            (message(if v4 { (3, 3) } else { (1, 4) }), Reason::Fragment),
+            (message(if v4 { (13, 0) } else { (129, 0) }), Reason::Fragment),
+            (with_options, Reason::IpOptions),
+        ];
+        for (packet, reason) in cases {
+            let host = Host::new(&World::standard());
+            assert_eq!(send(&host, packet.clone().piece(3, LATER)).0, Reason::FragmentOrphan);
+            assert_eq!(send(&host, packet.clone().piece(3, FIRST)).0, reason);
+            assert_eq!(send(&host, packet.piece(3, LATER)).0, Reason::Fragment);
+        }
+    }
+}
+
+/// The limits of answers know the first fragment of an echo request; of those behind it only as many
+/// go back as a packet can have.
+#[test]
+fn a50_fragments_behind_an_echo_are_bounded() {
+    for family in FAMILIES {
+        let host = Host::new(&World::standard());
+        let kind = if family == Family::V4 { (8, 0) } else { (128, 0) };
+        let vip = Svc::LocalStack.addr(family);
+        let asks = icmp(ip::client(family, 7), vip, kind, 1, &[7; 101]);
+        assert_eq!(send(&host, asks.clone().piece(3, FIRST)).0, Reason::EchoReply);
+        let later = asks.piece(3, LATER);
+        for n in 0..sluice_abi::MAX_ECHO_FRAGMENTS {
+            assert_eq!(send(&host, later.clone()).0, Reason::EchoReply, "{n}");
+        }
+        assert_eq!(send(&host, later).0, Reason::EchoLimited);
     }
 }

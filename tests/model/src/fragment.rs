@@ -4,12 +4,14 @@
 
 use sluice_abi::{Addr, Family, Hook, Reason, VerdictKind};
 
+use crate::decide::Origin;
+use crate::icmp;
 use crate::packet::{Header, Packet, Part};
 use crate::road::{Action, Arrival, Case, Direction, Lawful, Outcome, Stop, leave};
 use crate::state::{Connection, State, Tuple};
 use crate::tables::Tables;
 use crate::tc::{turn_back, way_past_the_stack};
-use crate::xdp::{check_client, check_way, flow, outcome, reason};
+use crate::xdp::{check_client, check_way, flow, origin, outcome, reason};
 
 /// What fragments of one packet have in common; each hook translates for itself.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -43,6 +45,8 @@ pub enum Fate {
     Ended,
     /// Left to the kernel.
     Passed,
+    /// Sent back as an echo reply.
+    Echo,
 }
 
 /// What is remembered of a first fragment.
@@ -107,7 +111,10 @@ pub fn passed(
         return lawful;
     }
     let remember = |(outcome, state): Lawful| {
-        if outcome.reason.kind() != VerdictKind::Pass {
+        // Of ICMP it is remembered before the message is looked at.
+        let icmp = packet.transport() == Err(Reason::Icmp);
+        let kind = outcome.reason.kind();
+        if kind != VerdictKind::Pass && !(icmp && kind == VerdictKind::Drop) {
             return vec![(outcome, state)];
         }
         let mut noted = state.clone();
@@ -128,6 +135,11 @@ pub fn at_uplink(case: &Case<'_>, arrival: &Arrival) -> Vec<Lawful> {
             }
             None | Some(Fate::Passed) => return Err(Reason::Fragment.into()),
             Some(Fate::Ended) => return Err(Reason::FragmentOrphan.into()),
+            Some(Fate::Echo) => {
+                let Origin { reply, tags, .. } = origin(case, arrival);
+                let outcome = icmp::later_at_uplink(case, arrival, (reply, tags))?;
+                return Ok(vec![(outcome, case.state.clone())]);
+            }
             Some(Fate::Request(key)) => (key, Direction::Forward),
             Some(Fate::Reply(key)) => (key, Direction::Reply),
         };
@@ -183,6 +195,7 @@ pub fn at_tc(case: &Case<'_>, hook: Hook, packet: &Packet) -> Vec<Lawful> {
             None if orphan => Err(Reason::FragmentOrphan.into()),
             None | Some(Fate::Passed) => Err(Reason::Fragment.into()),
             Some(Fate::Ended) => Err(Reason::FragmentOrphan.into()),
+            Some(Fate::Echo) => Ok(icmp::later_at_pod(case, packet.clone())),
             Some(Fate::Request(key)) => {
                 let connection = &case.state.connections[&key];
                 request(case, connection, packet.clone())

@@ -4,11 +4,12 @@
 //! An error quotes the packet that it is about. Read backwards, the quote is the tuple of the other
 //! direction, whose packets go where the error must go: there it must quote what was sent there.
 
-use sluice_abi::{Addr, Family, IPPROTO_TCP, IPPROTO_UDP, Reason, settings_flags};
+use sluice_abi::{Addr, Family, Hook, IPPROTO_TCP, IPPROTO_UDP, Reason, settings_flags};
 
 use crate::checksum::update;
 use crate::decide::is_martian;
-use crate::packet::{Packet, chain, icmp_of};
+use crate::fragment::Fate;
+use crate::packet::{Header, Packet, Part, chain, icmp_of};
 use crate::road::{
     Account, Action, Arrival, Case, Direction, Lawful, Outcome, Stop, leave, seen_inner,
 };
@@ -17,6 +18,8 @@ use crate::xdp::{check_client, check_way, flow, outcome};
 
 /// Bytes of every message's header.
 const HEADER: usize = 8;
+/// Bytes of an IPv6 fragment header (RFC 8200 section 4.5).
+const FRAGMENT_HEADER: usize = 8;
 /// What is quoted of a transport header at least (RFC 792: 64 bits).
 const QUOTED: usize = 8;
 /// Hop limit of an answer (IANA default TTL).
@@ -224,9 +227,10 @@ pub fn at_uplink(case: &Case<'_>, arrival: &Arrival, reply: (Exit, Vec<[u8; 4]>)
         return case.stop(Reason::IcmpMalformed);
     }
     match kind(&arrival.packet) {
+        kind if is_partial(&arrival.packet, kind) => case.stop(Reason::Fragment),
         Kind::Other => case.stop(Reason::Icmp),
         Kind::Echo => match echo_at_uplink(case, arrival, reply) {
-            Ok(outcome) => vec![(outcome, case.state.clone())],
+            Ok(outcome) => vec![(outcome, noted(case, Hook::Xdp, &arrival.packet))],
             Err(reason) => case.stop(reason),
         },
         kind => match error_at_uplink(case, arrival, kind == Kind::Redirect) {
@@ -234,6 +238,18 @@ pub fn at_uplink(case: &Case<'_>, arrival: &Arrival, reply: (Exit, Vec<[u8; 4]>)
             Err(stop) => case.stop(stop),
         },
     }
+}
+
+/// Whether it is a part of a message that is only understood as a whole.
+fn is_partial(packet: &Packet, kind: Kind) -> bool {
+    packet.part != Part::Whole && kind != Kind::Echo
+}
+
+/// What is known once an echo request went back: what follows of it goes back too.
+fn noted(case: &Case<'_>, hook: Hook, packet: &Packet) -> State {
+    let mut state = case.state.clone();
+    state.note(hook, packet, Fate::Echo);
+    state
 }
 
 fn error_at_uplink(case: &Case<'_>, arrival: &Arrival, redirect: bool) -> Result<Lawful, Stop> {
@@ -296,7 +312,11 @@ fn check_echo(case: &Case<'_>, packet: &Packet) -> Result<(), Reason> {
     if !answers || !case.tables.is_vip(packet.dst()) {
         return Err(Reason::Icmp);
     }
-    if packet.has_options() {
+    let plain = match (&packet.header, packet.part) {
+        (Header::V6(h), Part::First(_)) => h.extensions.len() == FRAGMENT_HEADER,
+        _ => !packet.has_options(),
+    };
+    if !plain {
         // They would have to be turned round too (RFC 1122 section 3.2.2.6).
         return Err(Reason::IpOptions);
     }
@@ -322,17 +342,39 @@ fn answer(packet: &mut Packet) {
 fn echo_at_uplink(
     case: &Case<'_>,
     arrival: &Arrival,
-    (exit, tags): (Exit, Vec<[u8; 4]>),
+    way: (Exit, Vec<[u8; 4]>),
 ) -> Result<Outcome, Reason> {
     let mut packet = arrival.packet.clone();
     check_echo(case, &packet)?;
     if case.tables.pods.contains_key(&packet.src()) {
         return Err(Reason::Martian);
     }
+    answer(&mut packet);
+    bounce(case, arrival, packet, way)
+}
+
+/// What follows of an echo request goes after it.
+pub fn later_at_uplink(
+    case: &Case<'_>,
+    arrival: &Arrival,
+    way: (Exit, Vec<[u8; 4]>),
+) -> Result<Outcome, Reason> {
+    let mut packet = arrival.packet.clone();
+    let (src, dst) = (packet.src(), packet.dst());
+    packet.readdress(dst, src);
+    bounce(case, arrival, packet, way)
+}
+
+/// The way that it came.
+fn bounce(
+    case: &Case<'_>,
+    arrival: &Arrival,
+    mut packet: Packet,
+    (exit, tags): (Exit, Vec<[u8; 4]>),
+) -> Result<Outcome, Reason> {
     if !case.tables.is_own_mac(case.ifindex, arrival.outer.dst) {
         return Err(Reason::OtherHost);
     }
-    answer(&mut packet);
     // What is made here takes no hop here.
     packet.set_hop_limit(HOP_LIMIT + 1);
     let departure = leave(case, arrival, packet, exit, &mut None, &tags)?;
@@ -345,10 +387,19 @@ pub fn from_pod(case: &Case<'_>, packet: Packet) -> Vec<Lawful> {
         return case.stop(Reason::IcmpMalformed);
     }
     let known = case.tables.pods.get(&packet.src()).is_some_and(|p| p.ifindex == case.ifindex);
-    let answer = match kind(&packet) {
+    let kind = kind(&packet);
+    if is_partial(&packet, kind) {
+        return case.stop(Reason::Fragment);
+    }
+    if kind == Kind::Echo && known {
+        return match echo_at_pod(case, packet.clone()) {
+            Ok(outcome) => vec![(outcome, noted(case, Hook::TcIngress, &packet))],
+            Err(reason) => case.stop(reason),
+        };
+    }
+    let answer = match kind {
         _ if !known => Err(Reason::Icmp.into()),
-        Kind::Other => Err(Reason::Icmp.into()),
-        Kind::Echo => echo_at_pod(case, packet).map_err(Stop::from),
+        Kind::Other | Kind::Echo => Err(Reason::Icmp.into()),
         kind => error_at_pod(case, packet, kind == Kind::Redirect),
     };
     match answer {
@@ -364,8 +415,20 @@ fn sent(action: Action, reason: Reason, packet: &Packet, account: Account) -> Ou
 fn echo_at_pod(case: &Case<'_>, mut packet: Packet) -> Result<Outcome, Reason> {
     check_echo(case, &packet)?;
     answer(&mut packet);
+    Ok(turn_back(case, packet))
+}
+
+/// The same for what follows of it.
+pub fn later_at_pod(case: &Case<'_>, mut packet: Packet) -> Outcome {
+    let (src, dst) = (packet.src(), packet.dst());
+    packet.readdress(dst, src);
+    packet.set_hop_limit(HOP_LIMIT);
+    turn_back(case, packet)
+}
+
+fn turn_back(case: &Case<'_>, mut packet: Packet) -> Outcome {
     (packet.eth.dst, packet.eth.src) = (packet.eth.src, packet.eth.dst);
-    Ok(sent(Action::Redirect(case.ifindex), Reason::EchoReply, &packet, Account::Nobody))
+    sent(Action::Redirect(case.ifindex), Reason::EchoReply, &packet, Account::Nobody)
 }
 
 fn error_at_pod(case: &Case<'_>, mut packet: Packet, redirect: bool) -> Result<Outcome, Stop> {
@@ -427,6 +490,9 @@ pub fn from_stack(case: &Case<'_>, packet: Packet) -> Vec<Lawful> {
 
 fn error_from_stack(case: &Case<'_>, mut packet: Packet) -> Result<Outcome, Stop> {
     let kind = kind(&packet);
+    if is_partial(&packet, kind) {
+        return Err(Reason::Fragment.into());
+    }
     if ![Kind::Error, Kind::Redirect].contains(&kind) {
         return Err(Reason::Icmp.into());
     }

@@ -369,10 +369,7 @@ impl Packet {
             IPPROTO_UDP if p.len() >= 8 && first => be16(p, 4) >= 8,
             IPPROTO_UDP if p.len() >= 8 => (8..=p.len()).contains(&be16(p, 4).into()),
             IPPROTO_TCP | IPPROTO_UDP => false,
-            proto if proto == icmp_of(self.family()) => {
-                // What ICMP says is not all in a fragment.
-                return Err(if first { Reason::Fragment } else { Reason::Icmp });
-            }
+            proto if proto == icmp_of(self.family()) => return Err(Reason::Icmp),
             _ => return Err(Reason::OtherProtocol),
         };
         if !sound {

@@ -36,7 +36,7 @@ fn open(
     }
     let lawful = match packet.transport() {
         Ok(transport) => with_transport(&packet, &transport),
-        Err(Reason::Icmp) => return with_icmp(packet),
+        Err(Reason::Icmp) => with_icmp(packet.clone()),
         Err(Reason::Fragment) => fragment::at_tc(case, hook, &packet),
         Err(reason) => case.stop(reason),
     };

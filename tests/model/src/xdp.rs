@@ -285,7 +285,7 @@ fn serve(case: &Case<'_>, arrival: &Arrival, transport: &Transport) -> Vec<Lawfu
 }
 
 /// Replies leave the way the request came.
-fn origin(case: &Case<'_>, arrival: &Arrival) -> Origin {
+pub fn origin(case: &Case<'_>, arrival: &Arrival) -> Origin {
     let reply = match arrival.tunnel {
         0 => Exit::Frame { ifindex: case.ifindex, dst: arrival.outer.src, src: arrival.outer.dst },
         vtep => Exit::Tunnel(vtep),

@@ -541,7 +541,10 @@ impl Odd {
     fn describe(self, packet: &mut Packet) {
         match self {
             Odd::Piece(id, which) => {
-                packet.payload = (0..101).collect();
+                // What stands in an ICMP message stays.
+                let keep = if PROTOCOLS.contains(&packet.proto) { 0 } else { packet.payload.len() };
+                packet.payload.truncate(keep);
+                packet.payload.extend(keep as u8..101);
                 let piece = PIECES[usize::from(which) % PIECES.len()].clone();
                 *packet = packet.clone().piece(0x00c0_ff00 + u32::from(id), piece);
             }
@@ -705,6 +708,7 @@ impl Move {
                 let Packet { src, dst, .. } = request(*client, 0, *to, *family, IPPROTO_UDP);
                 let asks = if *family == Family::V4 { (8, 0) } else { (128, 0) };
                 let packet = icmp(src, dst, kind.unwrap_or(asks), 0x1234_0001, b"are you there?");
+                sent.push(Sent { client: *client, packet: packet.clone() });
                 Some(client.frame(packet, shape))
             }
             Move::Noise { hook, ethertype, bytes } => {
@@ -1090,8 +1094,9 @@ fn step() -> impl Strategy<Value = Move> {
     let error = (any::<u8>(), any::<bool>(), way(), error, shape()).prop_map(
         |(of, about_reply, way, error, shape)| Move::Error { of, about_reply, way, error, shape },
     );
+    let echoes = prop_oneof![2 => shape(), 1 => piece()];
     let kinds = prop::sample::select(&[(0u8, 0u8), (129, 0), (13, 0), (135, 0), (8, 1)][..]);
-    let echo = (client(), to(), prop::option::weighted(0.1, kinds), family(), shape()).prop_map(
+    let echo = (client(), to(), prop::option::weighted(0.1, kinds), family(), echoes).prop_map(
         |(client, to, kind, family, shape)| Move::Echo { client, to, kind, family, shape },
     );
     let ethertypes = prop::sample::select(&[0x0800u16, 0x86dd, 0x0806, 0x8100, 0x0026][..]);

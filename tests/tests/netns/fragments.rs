@@ -65,6 +65,14 @@ fn carries_what_must_be_cut(bed: &Bed) {
             bed.ping("pod1-1", there, size, 3, &["-M", "dont"]);
             bed.ping("pod2-1", here, size, 3, &["-M", "dont"]);
         }
+        // A Service's address answers for itself, in as many pieces.
+        for service in [LOCAL, REMOTE] {
+            for size in [4000, 65_000] {
+                let (lb, own) = (service.load_balancer_ip(family), service.cluster_ip(family));
+                bed.ping("client", lb, size, 2, &["-M", "dont"]);
+                bed.ping("pod1-2", own, size, 2, &["-M", "dont"]);
+            }
+        }
         // The node itself talks to pods from the address that is our SNAT source.
         bed.ping("node1", there, 8000, 3, &["-M", "dont"]);
         let counted = delta(bed, &before);

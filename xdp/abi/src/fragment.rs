@@ -23,7 +23,13 @@ pub mod fragment_fate {
     pub const REPLY: u8 = 2;
     /// Left to the kernel, and so are those that follow.
     pub const PASS: u8 = 3;
+    /// An echo request that went back as its reply, and so do those that follow.
+    pub const ECHO: u8 = 4;
 }
+
+/// Fragments behind the first that one echo request may have: as many as 64 KiB make at an MTU of
+/// 576 bytes. Each goes back, and the limits of answers know the first one alone.
+pub const MAX_ECHO_FRAGMENTS: u8 = 128;
 
 /// Value of `sl_frag_v1` (ARRAY), and the draft of one in the scratch room. 64 bytes.
 ///
@@ -45,7 +51,8 @@ pub struct Fragment {
     pub proto: u8,
     /// A [`crate::Hook`]: each translates for itself.
     pub hook: u8,
-    /// [`fragment_part`]; in the scratch room only, zero in the table.
+    /// In the scratch room a [`fragment_part`]. In the table how many fragments behind the first of an
+    /// echo request have gone back; else zero.
     pub part: u8,
     /// [`fragment_fate`].
     pub fate: u8,
@@ -55,7 +62,7 @@ pub struct Fragment {
     pub tag: u32,
     /// Low 32 bits of jiffies when this was written.
     pub noted: u32,
-    /// A seeded hash of all the others but `noted`.
+    /// A seeded hash of all the others but `noted` and `part`.
     pub seal: u64,
 }
 

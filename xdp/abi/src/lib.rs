@@ -41,7 +41,7 @@ pub use flow::{
     Ask, Exit, ExitKind, FLOW_WAYS, FlowRecord, FlowSet, SCRATCH_BYTES, Scratch, SnatSlot, Stopped,
     flow_state, flow_tag, record_flags,
 };
-pub use fragment::{Fragment, fragment_fate, fragment_part};
+pub use fragment::{Fragment, MAX_ECHO_FRAGMENTS, fragment_fate, fragment_part};
 pub use lane::{JUMP_SLOTS, LANES, Lane};
 pub use near::{NEAR_PLACES, Near, NearPod, NearSource};
 pub use reason::{REASONS, Reason, ReasonInfo, VerdictKind};

@@ -15,8 +15,8 @@ use crate::field;
 use crate::flow::{self, Found};
 use crate::hash;
 use sluice_abi::{
-    Addr, FlowRecord, Fragment, FrontendKey, Hook, MAX_TUNNELS, Scratch, Seeds, Settings, SnatSlot,
-    Tunnel, fragment_fate, fragment_part,
+    Addr, FlowRecord, Fragment, FrontendKey, Hook, MAX_ECHO_FRAGMENTS, MAX_TUNNELS, Scratch, Seeds,
+    Settings, SnatSlot, Tunnel, fragment_fate, fragment_part,
 };
 
 /// How long later fragments are waited for, in seconds (net.ipv4.ipfrag_time, net.ipv6.ip6frag_time:
@@ -77,7 +77,9 @@ pub fn note<E: Env>(env: &E, scratch: At<'_, Scratch>, hook: Hook, found: &Found
     env.note();
 }
 
-/// Notes, if the packet is a first fragment, that the kernel gets it as it is.
+/// Notes, if the packet is a first fragment, that the kernel gets it as it is. Of ICMP that is said
+/// before the program that goes on with it has looked at it: where that drops a message, the kernel
+/// gets what follows of it and cannot put it together.
 #[inline(always)]
 pub fn note_passed<E: Env>(env: &E, hook: Hook) {
     if let Some(scratch) = env.scratch()
@@ -90,6 +92,32 @@ pub fn note_passed<E: Env>(env: &E, hook: Hook) {
         field!(draft, Fragment, hook).set(hook as u8);
         env.note();
     }
+}
+
+/// Notes that a first fragment went back as an echo reply.
+#[inline(always)]
+pub fn note_echo<E: Env>(env: &E, scratch: At<'_, Scratch>, hook: Hook) {
+    let draft = draft!(scratch);
+    field!(draft, Fragment, slot).set(SnatSlot::FREE);
+    field!(draft, Fragment, tag).set(0);
+    field!(draft, Fragment, fate).set(fragment_fate::ECHO);
+    field!(draft, Fragment, hook).set(hook as u8);
+    env.note();
+}
+
+/// Whether one more fragment may go back behind the first of an echo request, which [`find`] has just
+/// found.
+#[inline(always)]
+pub fn pay_echo<E: Env>(env: &E, settings: At<'_, Settings>, scratch: At<'_, Scratch>) -> bool {
+    let (index, _) = place(settings, draft!(scratch));
+    let Some(entry) = env.fragment(index) else { return false };
+    let count = field!(entry, Fragment, part);
+    let gone = count.get_now();
+    if gone >= MAX_ECHO_FRAGMENTS {
+        return false;
+    }
+    count.set_now(gone + 1);
+    true
 }
 
 /// Writes the draft in the scratch room into the table. In the kernel this is a function of its own.

@@ -20,6 +20,7 @@ use crate::env::Env;
 use crate::field;
 use crate::flood;
 use crate::flow::{self, Found, Tuple};
+use crate::fragment;
 use crate::hash::FlowHash;
 use crate::ingress;
 use crate::limit;
@@ -43,6 +44,8 @@ use sluice_abi::{
 const HOP_LIMIT: u8 = Vtep::OUTER_HOP_LIMIT;
 /// The offset of an IPv4 fragment, "more fragments" apart.
 const OFFSET_MASK: u16 = FRAGMENT_MASK & 0x1fff;
+/// Bytes of an IPv6 fragment header (RFC 8200 section 4.5).
+const FRAGMENT_HEADER: u32 = 8;
 /// What an error quotes of the transport header at least (RFC 792: 64 bits).
 const QUOTED_BYTES: u32 = 8;
 /// Longest headers in front of a quoted transport header.
@@ -180,10 +183,10 @@ fn plan<'e, P: Form, E: Env>(
         frame: view,
         tags,
     };
-    let message = message(&packet)?;
+    let message = message(env, &packet)?;
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     match message.kind {
-        Kind::Echo => echo_at_uplink(env, settings, scratch, &packet, &message, &origin),
+        Kind::Echo => echo_at_uplink::<P, E>(env, settings, scratch, &packet, &message, &origin),
         Kind::Error | Kind::Redirect => {
             error_at_uplink(env, settings, scratch, &packet, &message, tunnel)
         }
@@ -207,7 +210,7 @@ fn arrived<'f, E: Env>(env: &E, view: View<'f>) -> Step<Located<'f>> {
 /// # Errors
 /// `Fragment`, `OtherProtocol` (pass); `IcmpMalformed` (drop).
 #[inline(always)]
-fn message<'a>(packet: &Located<'a>) -> Step<Message<'a>> {
+fn message<'a, E: Env>(env: &E, packet: &Located<'a>) -> Step<Message<'a>> {
     let ip = &packet.ip;
     if let Some(reason) = ip.opaque {
         return Err(reason.into());
@@ -223,6 +226,10 @@ fn message<'a>(packet: &Located<'a>) -> Step<Message<'a>> {
     }
     let (kind, code) = (field!(at, Icmp, kind).get(), field!(at, Icmp, code).get());
     let kind = if ip.l3.is_v4() { kind_v4(kind, code) } else { kind_v6(kind, code) };
+    if kind != Kind::Echo && parse::is_first_fragment::<General, E>(env) {
+        // What it says is not all in a fragment.
+        return Err(Reason::Fragment.into());
+    }
     let body = view.skip(size_of::<Icmp>());
     Ok(Message { at, kind, body, body_len: len.wrapping_sub(size_of::<Icmp>() as u32) })
 }
@@ -464,7 +471,7 @@ fn from_pod<E: Env>(
     ifindex: u32,
 ) -> Step<Verdict> {
     let packet = arrived(env, view)?;
-    let message = message(&packet)?;
+    let message = message(env, &packet)?;
     let pod = env.pod(&packet.ip.l3.src()).ok_or(Reason::Icmp)?;
     if field!(pod, Pod, ifindex).get() != ifindex || message.kind == Kind::Other {
         return Err(Reason::Icmp.into());
@@ -561,7 +568,7 @@ fn short_cut<E: Env>(
 #[inline(always)]
 fn to_client<E: Env>(env: &E, settings: At<'_, Settings>, view: View<'_>) -> Step<Verdict> {
     let packet = arrived(env, view)?;
-    let message = message(&packet)?;
+    let message = message(env, &packet)?;
     if !matches!(message.kind, Kind::Error | Kind::Redirect) {
         return Err(Reason::Icmp.into());
     }
@@ -701,18 +708,18 @@ fn write_addresses(
 /// 3.2.2.6).
 ///
 /// # Errors
-/// `Fragment`, `Icmp`, `IpOptions` (pass); `Martian` (drop).
+/// `Icmp`, `IpOptions` (pass); `Martian` (drop).
 #[inline(always)]
 fn check_echo<E: Env>(env: &E, settings: At<'_, Settings>, packet: &Located<'_>) -> Step<()> {
     let answers = field!(settings, Settings, flags).get() & settings_flags::ANSWERS != 0;
     if !answers || !is_vip(env, packet.ip.l3.dst()) {
         return Err(Reason::Icmp.into());
     }
-    if parse::is_first_fragment::<General, E>(env) {
-        // Half an answer would be none.
-        return Err(Reason::Fragment.into());
-    }
-    if packet.ip.has_options() {
+    let ip = &packet.ip;
+    // Of a first fragment IPv6 has a header of its own.
+    let first = !ip.l3.is_v4() && parse::is_first_fragment::<General, E>(env);
+    let extra = if first { FRAGMENT_HEADER } else { 0 };
+    if ip.header_len != ip.l3.header_len() as u32 + extra {
         return Err(Reason::IpOptions.into());
     }
     let (src, dst) = (packet.ip.l3.src(), packet.ip.l3.dst());
@@ -737,7 +744,7 @@ fn pay<E: Env>(env: &E, client: Addr) -> Step<()> {
 
 /// Answers an echo request to a Service's address the way that it came.
 #[inline(always)]
-fn echo_at_uplink<'e, E: Env>(
+fn echo_at_uplink<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     scratch: At<'e, Scratch>,
@@ -746,10 +753,37 @@ fn echo_at_uplink<'e, E: Env>(
     origin: &Origin<'_>,
 ) -> Step<Departure<'e>> {
     check_echo(env, settings, packet)?;
-    let client = packet.ip.l3.src();
-    if env.pod(&client).is_some() {
+    if env.pod(&packet.ip.l3.src()).is_some() {
         return Err(Reason::Martian.into());
     }
+    bounce::<P, E>(env, settings, scratch, packet, Some(message), origin)
+}
+
+/// Sends a fragment behind the first of an echo request after that one.
+///
+/// # Errors
+/// `OtherHost` (pass); `EchoLimited` (drop), and those of [`replay::open`].
+#[inline(always)]
+pub(crate) fn later_at_uplink<'e, P: Form, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    scratch: At<'e, Scratch>,
+    packet: &Located<'_>,
+    origin: &Origin<'_>,
+) -> Step<Departure<'e>> {
+    bounce::<P, E>(env, settings, scratch, packet, None, origin)
+}
+
+/// Sends an echo request, or what follows of it, back as the reply.
+#[inline(always)]
+fn bounce<'e, P: Form, E: Env>(
+    env: &'e E,
+    settings: At<'e, Settings>,
+    scratch: At<'e, Scratch>,
+    packet: &Located<'_>,
+    message: Option<&Message<'_>>,
+    origin: &Origin<'_>,
+) -> Step<Departure<'e>> {
     if !decide::is_for_us(settings, origin.uplink, field!(origin.eth, Ethernet, dst).get()) {
         return Err(Reason::OtherHost.into());
     }
@@ -762,13 +796,25 @@ fn echo_at_uplink<'e, E: Env>(
     if let Some(reason) = door.closed {
         return Err(reason.into());
     }
+    let client = packet.ip.l3.src();
     let seed = field!(field!(settings, Settings, seeds), Seeds, flow).get();
-    let port = FlowHash::new(seed, client, Be16::new(0), packet.ip.proto).outer_port();
+    let port =
+        FlowHash::new(seed, client, Be16::new(0), parse::icmp_of(&packet.ip.l3)).outer_port();
     let reply_tags = field!(draft, FlowRecord, reply_tags);
     let tagged = door.way == Way::Frame && reply_tags.element(0).get() != Be32::new(0);
-    pay(env, client)?;
+    match message {
+        Some(message) => {
+            pay(env, client)?;
+            write_echo(message, &packet.ip.l3);
+            if parse::is_first_fragment::<General, E>(env) {
+                fragment::note_echo(env, scratch, P::UPLINK);
+            }
+        }
+        None if fragment::pay_echo(env, settings, scratch) => {}
+        None => return Err(Reason::EchoLimited.into()),
+    }
     packet.mark();
-    write_echo(packet, message);
+    turn_round(packet);
     let inside = replay::address(&door, packet, false, port);
     let (cut, tags) = (packet.cut_for(&door), tagged.then_some(reply_tags));
     let (reason, owner, ecn) = (Reason::EchoReply, Owner::NONE, 0);
@@ -787,27 +833,52 @@ fn echo_at_pod<E: Env>(
 ) -> Step<Verdict> {
     check_echo(env, settings, packet)?;
     pay(env, packet.ip.l3.src())?;
-    write_echo(packet, message);
-    tc::turn(packet);
-    let (reason, owner) = (Reason::EchoReply, Owner::NONE);
-    Ok(Verdict { action: Action::Redirect(ifindex), reason, owner })
+    write_echo(message, &packet.ip.l3);
+    if parse::is_first_fragment::<General, E>(env) {
+        let scratch = env.scratch().ok_or(Reason::TableBroken)?;
+        fragment::note_echo(env, scratch, Hook::TcIngress);
+    }
+    Ok(turned(packet, ifindex))
 }
 
-/// Turns an echo request into its reply: the addresses are exchanged, the type is another, and hops
-/// are counted anew.
+/// The same for a fragment behind the first.
+///
+/// # Errors
+/// `EchoLimited` (drop).
 #[inline(always)]
-fn write_echo(packet: &Located<'_>, message: &Message<'_>) {
-    let word = |high: u8, low: u8| u16::from_ne_bytes([high, low]);
+pub(crate) fn later_at_pod<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    scratch: At<'_, Scratch>,
+    packet: &Located<'_>,
+    ifindex: u32,
+) -> Step<Verdict> {
+    if !fragment::pay_echo(env, settings, scratch) {
+        return Err(Reason::EchoLimited.into());
+    }
+    Ok(turned(packet, ifindex))
+}
+
+#[inline(always)]
+fn turned(packet: &Located<'_>, ifindex: u32) -> Verdict {
+    turn_round(packet);
+    tc::turn(packet);
+    let (reason, owner) = (Reason::EchoReply, Owner::NONE);
+    Verdict { action: Action::Redirect(ifindex), reason, owner }
+}
+
+/// Exchanges a packet's addresses, and counts hops anew.
+#[inline(always)]
+fn turn_round(packet: &Located<'_>) {
+    let word = |high: u8| u16::from_ne_bytes([high, 0]);
     let ip = &packet.ip;
-    let (old_kind, kind) =
-        if ip.l3.is_v4() { (ICMP_ECHO, ICMP_ECHO_REPLY) } else { (ICMPV6_ECHO, ICMPV6_ECHO_REPLY) };
     match ip.l3 {
         L3::V4(at) => {
             let (src, dst) = (field!(at, Ipv4, src).get(), field!(at, Ipv4, dst).get());
             field!(at, Ipv4, src).set(dst);
             field!(at, Ipv4, dst).set(src);
             field!(at, Ipv4, ttl).set(HOP_LIMIT);
-            let sum = Sum::default().sub16(word(ip.hop_limit, 0)).add16(word(HOP_LIMIT, 0));
+            let sum = Sum::default().sub16(word(ip.hop_limit)).add16(word(HOP_LIMIT));
             let checksum = field!(at, Ipv4, checksum);
             checksum.set(Be16::from_raw(update(checksum.get().raw(), sum.fold())));
         }
@@ -818,8 +889,17 @@ fn write_echo(packet: &Located<'_>, message: &Message<'_>) {
             field!(at, Ipv6, hop_limit).set(HOP_LIMIT);
         }
     }
+}
+
+/// Turns an echo request into an echo reply. The checksum covers the whole message, of which a first
+/// fragment has a part; the difference is the same.
+#[inline(always)]
+fn write_echo(message: &Message<'_>, l3: &L3<'_>) {
+    let (old_kind, kind) =
+        if l3.is_v4() { (ICMP_ECHO, ICMP_ECHO_REPLY) } else { (ICMPV6_ECHO, ICMPV6_ECHO_REPLY) };
+    let word = |high: u8| u16::from_ne_bytes([high, 0]);
     field!(message.at, Icmp, kind).set(kind);
-    let sum = Sum::default().sub16(word(old_kind, 0)).add16(word(kind, 0));
+    let sum = Sum::default().sub16(word(old_kind)).add16(word(kind));
     let checksum = field!(message.at, Icmp, checksum);
     checksum.set(Be16::from_raw(update(checksum.get().raw(), sum.fold())));
 }

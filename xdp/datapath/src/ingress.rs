@@ -13,6 +13,7 @@ use crate::flood;
 use crate::flow::{self, Found};
 use crate::fragment;
 use crate::hash::FlowHash;
+use crate::icmp;
 use crate::near;
 use crate::parse::{self, Form, Ip, Link, Transport};
 use crate::replay::{self, Departure, Door, Located, Rewrite, Sums, Way};
@@ -83,7 +84,7 @@ fn way<P: Form, E: Env, F: Frame>(env: &E, frame: &mut F) -> Step<Verdict> {
         return Err(Reason::Bypass.into());
     }
     let departure = if P::LATER {
-        follow::<P, E>(env, settings, frame.view())?
+        follow::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?
     } else {
         plan::<P, E>(env, settings, frame.view(), frame.ingress_ifindex())?
     };
@@ -564,6 +565,7 @@ fn follow<'e, P: Form, E: Env>(
     env: &'e E,
     settings: At<'e, Settings>,
     view: View<'_>,
+    uplink: u32,
 ) -> Step<Departure<'e>> {
     let (link, ip) = parse::ethernet::<P, E>(env, view)?;
     if field!(link.first, Ethernet, dst).get().is_group() {
@@ -583,6 +585,12 @@ fn follow<'e, P: Form, E: Env>(
     let packet = replay::locate(env, view, v4, cut, tags, len, hop_limit, ecn)?;
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     let fate = fragment::find(env, settings, scratch, P::UPLINK);
+    if fate == fragment_fate::ECHO {
+        let (ifindex, tags) = if tunnel == 0 { (uplink, packet.tags) } else { (0, 0) };
+        let (in_cluster, snat, eth, frame) = (false, false, packet.outer, view);
+        let origin = Origin { tunnel, in_cluster, snat, ifindex, uplink, eth, frame, tags };
+        return icmp::later_at_uplink::<P, E>(env, settings, scratch, &packet, &origin);
+    }
     if fate != fragment_fate::REQUEST && fate != fragment_fate::REPLY {
         let orphan = fate == fragment_fate::NONE && fragment::is_ours(env, &packet.ip.l3.dst());
         return Err(if orphan { Reason::FragmentOrphan } else { Reason::Fragment }.into());

@@ -494,11 +494,7 @@ pub fn transport<'a, F: Form, E: Env>(env: &E, l3: View<'a>, ip: &Ip<'a>) -> Ste
     match ip.proto {
         IPPROTO_TCP => tcp(payload, payload_len),
         IPPROTO_UDP => udp::<F, E>(env, payload, payload_len),
-        proto if proto == icmp_of(&ip.l3) => {
-            // What ICMP says is not all in a fragment.
-            let part = is_first_fragment::<F, E>(env);
-            Err(if part { Reason::Fragment } else { Reason::Icmp }.into())
-        }
+        proto if proto == icmp_of(&ip.l3) => Err(Reason::Icmp.into()),
         _ => Err(Reason::OtherProtocol.into()),
     }
 }

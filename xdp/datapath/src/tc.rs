@@ -19,6 +19,7 @@ use crate::field;
 use crate::flood;
 use crate::flow::{self, Found};
 use crate::fragment;
+use crate::icmp;
 use crate::parse::{self, Form, Later, Transport};
 use crate::replay::{self, Located, Rewrite};
 use crate::verdict::{Action, Direction, Owner, Step, Stop, Verdict};
@@ -435,6 +436,10 @@ fn follow<E: Env>(
     }
     let scratch = env.scratch().ok_or(Reason::TableBroken)?;
     let fate = fragment::find(env, settings, scratch, hook);
+    if fate == fragment_fate::ECHO && from_pod {
+        let verdict = icmp::later_at_pod(env, settings, scratch, &packet, ifindex)?;
+        return Ok(Followed { verdict, v6: false, delta: 0 });
+    }
     if fate != fragment_fate::REQUEST && fate != fragment_fate::REPLY {
         let dst = packet.ip.l3.dst();
         let ours = fragment::is_vip(env, &dst) || decide::is_borrowed(settings, &dst);
