@@ -60,6 +60,30 @@ pub(super) struct Row {
     /// None if the path could not be measured.
     #[serde(flatten)]
     pub figures: Option<Figures>,
+    /// Nanoseconds, median of the rounds.
+    #[serde(default)]
+    pub median: Option<f64>,
+    /// Nanoseconds of each round.
+    #[serde(default)]
+    pub samples: Vec<f64>,
+    /// What the path is, for people.
+    #[serde(default)]
+    pub text: Option<String>,
+    /// Why it could not be measured.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+impl Row {
+    /// Path, family and connections.
+    pub fn title(&self) -> String {
+        title(&self.name, self.family.as_deref(), self.flows)
+    }
+}
+
+fn title(name: &str, family: Option<&str>, flows: Option<u32>) -> String {
+    let flows = flows.map_or("new flows".to_owned(), |n| format!("{n} flows"));
+    format!("{name} {} {flows}", family.unwrap_or_default())
 }
 
 /// Ratios to F, and nanoseconds beyond F.
@@ -293,8 +317,7 @@ fn figures(lines: &[Line], colour: bool) -> Table {
 
 impl Line {
     fn title(&self) -> String {
-        let flows = self.flows.map_or("new flows".to_owned(), |n| format!("{n} flows"));
-        format!("{} {} {flows}", self.name, self.family.as_deref().unwrap_or_default())
+        title(&self.name, self.family.as_deref(), self.flows)
     }
 }
 
@@ -310,6 +333,10 @@ mod tests {
             family: Some("v4".to_owned()),
             flows: Some(flows),
             figures: Some(Figures { ratio, ratio_low: low, ratio_high: high, net: 0.0 }),
+            median: None,
+            samples: Vec::new(),
+            text: None,
+            error: None,
         }
     }
 

@@ -11,6 +11,7 @@
 mod budget;
 mod compare;
 mod conditions;
+mod html;
 mod packet;
 mod progrun;
 mod report;
@@ -30,6 +31,7 @@ use crate::describe::causes;
 
 pub use budget::BudgetArgs;
 pub use compare::CompareArgs;
+pub use html::HtmlArgs;
 pub use progrun::ProgrunArgs;
 pub use rig::{Rig, Sample};
 pub use scenario::{Kind, Scenario};
@@ -55,6 +57,8 @@ enum BenchCommand {
     /// Ratios to F are compared, never nanoseconds. A change counts when the quartiles of the rounds
     /// lie apart and it is more than a tenth. With --gate the exit status tells whether a path became dearer.
     Compare(CompareArgs),
+    /// A report of `progrun` as an HTML file with plots and conditions.
+    Html(HtmlArgs),
     /// What a link could carry, and how much of it this machine's processors can handle.
     Budget(BudgetArgs),
 }
@@ -108,6 +112,17 @@ pub enum BenchError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A plot cannot be drawn.
+    #[error("draw the report's plot: {0}")]
+    Plot(String),
+    /// A file cannot be written.
+    #[error("{}: {source}", path.display())]
+    Write {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The object is not ours.
     #[error("the {object} object has no {kind} {name}; build sluice anew")]
     Missing {
@@ -149,6 +164,7 @@ pub fn run(args: &BenchArgs) -> Result<(String, ExitCode), BenchError> {
     match &args.command {
         BenchCommand::Progrun(args) => progrun::run(args),
         BenchCommand::Compare(args) => compare::run(args),
+        BenchCommand::Html(args) => html::run(args),
         BenchCommand::Budget(args) => budget::run(args),
     }
 }
