@@ -8,6 +8,7 @@ mod answers;
 mod bed;
 mod changes;
 mod demo;
+mod flood;
 mod fragments;
 mod hairpin;
 mod icmp;
