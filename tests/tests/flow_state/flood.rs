@@ -27,8 +27,8 @@ fn transparent(fixture: &mut fixtures::Fixture) -> bool {
     for world in [Some(&mut fixture.world), fixture.world_before.as_mut()].into_iter().flatten() {
         *world = world.clone().with_flood(size::FLOOD_PLACES);
     }
-    // The flow table is not full for those that do not go there.
-    fixture.reason != Reason::FlowTableFull
+    // The flow table is not full for those that do not go there, and they leave each other their ports.
+    !matches!(fixture.reason, Reason::FlowTableFull | Reason::SnatExhausted)
 }
 
 #[test]
@@ -205,6 +205,40 @@ fn overwritten_connection_gives_its_snat_port_back() {
         let packet = stranger(Family::V4, 200, Svc::LocalStack);
         runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
         assert_eq!(runner.slots(), []);
+    });
+}
+
+#[test]
+fn flood_to_another_node_takes_its_source_ports_from_itself_alone() {
+    on_both(guarded(), |runner, world| {
+        for underlay in FAMILIES {
+            let (service, _) = tunnel_service(underlay);
+            let mut established = Vec::new();
+            for n in 0..6 {
+                let client = ip::client(Family::V4, 20 + n);
+                let c = Connection::new(Family::V4, IPPROTO_TCP, service, client, 50_000);
+                let seen = c.establish(runner);
+                established.push((c, seen));
+            }
+            let (_, table) = split(runner, world);
+            runner.guard(true);
+            // Twice as many places as ports.
+            for n in 0..300 {
+                let packet = stranger(Family::V4, n, service);
+                let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
+                assert_eq!(reason, Reason::DnatRemote, "{n}");
+            }
+            let ports = usize::from(size::SNAT_LAST - size::SNAT_FIRST) + 1;
+            assert!(runner.slots().len() > ports / 2, "the flood wants all ports");
+            tables_agree(runner);
+            assert_eq!(split(runner, world).1, table);
+            for (c, seen) in &established {
+                assert_eq!(c.both_ways(runner, seen), (Way::Works, Way::Works));
+            }
+            let c = alone(Family::V4, IPPROTO_TCP, service);
+            c.establish(runner);
+            runner.guard(false);
+        }
     });
 }
 

@@ -193,6 +193,25 @@ fn is_kept(r: At<'_, FlowRecord>) -> bool {
         && field!(r, FlowRecord, state).get() & flow_state::CONFIRMED != 0
 }
 
+/// Takes SNAT slot `index` from a connection in the guard, which ends, for a new one. So a flood to
+/// other nodes takes its source ports from itself.
+#[inline(always)]
+pub fn yields<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    slot: At<'_, SnatSlot>,
+    index: u32,
+) -> bool {
+    let owner = slot.get();
+    let Some((set, way)) = owner.owner() else { return false };
+    if set <= field!(settings, Settings, flow_set_mask).get() {
+        return false;
+    }
+    let Some(found) = flow::at(env, set, way) else { return false };
+    let own = field!(found.record, FlowRecord, snat).get() == index.wrapping_add(1);
+    own && !is_kept(found.record) && found.end() && slot.replace_slot(owner, SnatSlot::CLAIMED)
+}
+
 /// Says that the guard holds a record. The word is read by all CPUs, so it is written once a tick.
 #[inline(always)]
 fn note_used<E: Env>(env: &E, now: u32) {

@@ -5,6 +5,7 @@ use crate::csum::Sum;
 use crate::decide;
 use crate::env::Env;
 use crate::field;
+use crate::flood;
 use crate::hash::{self, FlowHash};
 use crate::parse::Form;
 use crate::tcp;
@@ -304,6 +305,9 @@ pub struct Claim {
 /// Ports tried before the source is called exhausted. With 70 % of the ports taken, one connection
 /// in 90,000 is refused.
 const SNAT_TRIES: u32 = 32;
+/// Of these, the first ones, which take no port of the flood guard's: if they all fail most ports are
+/// taken, and a flood may have them.
+const SNAT_TRIES_FREE: u32 = 4;
 
 /// Takes a free SNAT port towards a backend, beginning at a place that depends on the connection:
 /// after a loss of all state the same connection gets the same port again, if it is free.
@@ -325,7 +329,9 @@ pub fn claim_snat<E: Env>(
         let port = (first + offset) as u16;
         let index = snat_index(port, group);
         let slot = env.snat(index)?;
-        if slot.replace_slot(SnatSlot::FREE, SnatSlot::CLAIMED) {
+        if slot.replace_slot(SnatSlot::FREE, SnatSlot::CLAIMED)
+            || attempt >= SNAT_TRIES_FREE && flood::yields(env, settings, slot, index)
+        {
             return Some(Claim { port: Be16::new(port), index });
         }
     }
