@@ -222,6 +222,7 @@ impl Host {
                 (Lane::Fragment, Hook::TcNode) => {
                     ingress::xdp::<AtTc<Later>, _, _>(self, &mut frame)
                 }
+                (Lane::Fast, _) => ingress::xdp::<AtTc<Plain>, _, _>(self, &mut frame),
                 (Lane::Fragment, hook) => tc::later(self, &mut frame, hook),
             };
         }

@@ -502,6 +502,7 @@ impl World {
         for (i, vtep) in world.vteps.iter().enumerate().skip(1) {
             let key = VtepKey { source: vtep.remote, vni: vtep.vni };
             world.vtep_sources.insert(key, i as u32);
+            world.vtep_sources.insert(VtepKey::of_mac(vtep.remote_mac, vtep.vni), i as u32);
         }
         for family in FAMILIES {
             for proto in PROTOCOLS {

@@ -202,8 +202,9 @@ pub fn dump(tables: &Tables, names: &Names) -> Dump {
         );
     }
     for (index, vtep) in &tables.vteps {
-        let sources =
-            |(key, target): (&VtepKey, &u32)| (target == index).then(|| key.source.to_string());
+        let sources = |(key, target): (&VtepKey, &u32)| {
+            (target == index && !key.is_mac()).then(|| key.source.to_string())
+        };
         out.vteps.insert(
             vtep_text(tables, *index),
             VtepDump {

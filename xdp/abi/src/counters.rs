@@ -12,7 +12,8 @@ pub enum Hook {
     TcIngress = 1,
     /// TC egress: uplinks and the kernel's vxlan device.
     TcEgress = 2,
-    /// TC ingress of an uplink without XDP, where TC does what XDP does elsewhere.
+    /// TC ingress of an uplink without XDP, where TC does what XDP does elsewhere; and of the kernel's
+    /// vxlan devices.
     TcNode = 3,
 }
 

@@ -15,6 +15,8 @@ pub enum Lane {
     Answer = 2,
     /// Fragments behind the first: they follow what it noted.
     Fragment = 3,
+    /// The fast program itself, for a shell in front of it that may not write to packets.
+    Fast = 7,
 }
 
 /// Slots per hook of the TC hooks' array; room for growth.
@@ -36,6 +38,7 @@ pub const LANES: &[(Hook, Lane, &str)] = &[
     (Hook::Xdp, Lane::Fragment, "xdp_fragment"),
     (Hook::TcIngress, Lane::Fragment, "tc_in_fragment"),
     (Hook::TcEgress, Lane::Fragment, "tc_out_fragment"),
+    (Hook::TcNode, Lane::Fast, "tc_node"),
     (Hook::TcNode, Lane::General, "tc_node_general"),
     (Hook::TcNode, Lane::Icmp, "tc_node_icmp"),
     (Hook::TcNode, Lane::Answer, "tc_node_answer"),

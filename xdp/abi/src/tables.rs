@@ -311,10 +311,41 @@ impl Vtep {
 )]
 #[repr(C)]
 pub struct VtepKey {
-    /// Outer source address: any address of the peer node.
+    /// Outer source address: any address of the peer node. Or its MAC ([`VtepKey::of_mac`]).
     pub source: Addr,
-    /// VNI as on the wire, reserved byte zero.
+    /// VNI as on the wire, reserved byte zero; 1 with a MAC.
     pub vni: Be32,
+}
+
+impl VtepKey {
+    /// What the reserved byte is beside a MAC. No packet is looked up by it: the byte is masked out.
+    const BY_MAC: u32 = 1;
+
+    /// The key of a tunnel end's device, by which it is known where the kernel has taken the outer
+    /// headers off.
+    pub const fn of_mac(mac: Mac, vni: Be32) -> Self {
+        Self::of_mac_word(Self::mac_word(mac), vni)
+    }
+
+    /// A MAC as the first word of an address.
+    #[inline(always)]
+    pub const fn mac_word(mac: Mac) -> u64 {
+        let [a, b, c, d, e, f] = mac.0;
+        u64::from_ne_bytes([a, b, c, d, e, f, 0, 0])
+    }
+
+    /// The key of a device by the word of its MAC. In words, because a program's stack takes no others
+    /// than aligned ones.
+    #[inline(always)]
+    pub const fn of_mac_word(word: u64, vni: Be32) -> Self {
+        let source = zerocopy::transmute!([word, 0]);
+        Self { source, vni: Be32::new(vni.host() | Self::BY_MAC) }
+    }
+
+    /// Whether the key is a device's.
+    pub const fn is_mac(&self) -> bool {
+        self.vni.host() & Self::BY_MAC != 0
+    }
 }
 
 /// Value of `sl_tunnel_v1` (ARRAY, index 0 unused): one of our tunnel devices. 64 bytes; `vni` zero and `ifindex`

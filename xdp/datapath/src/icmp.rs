@@ -161,7 +161,10 @@ fn plan<'e, P: Form, E: Env>(
 ) -> Step<Departure<'e>> {
     let mut packet = arrived(env, view)?;
     let (outer, mut tunnel) = (packet, 0);
-    if packet.ip.proto == IPPROTO_UDP {
+    let own = if P::TC { ingress::own_tunnel(env, ifindex) } else { 0 };
+    if own != 0 {
+        tunnel = ingress::peer(env, settings, &packet, own)?;
+    } else if packet.ip.proto == IPPROTO_UDP {
         // It is inside a tunnel, or it would not have come here.
         let udp = parse::transport::<General, E>(env, outer.l3, &outer.ip)?;
         if !ingress::is_vxlan(settings, udp.dst) {

@@ -1,9 +1,10 @@
 //! Ingress of an uplink, at XDP or at TC: the whole way of a packet on one page.
 //!
 //! At TC the packet is the kernel's: its checksums are updated by the kernel's helper, segments that
-//! were merged on arrival stay merged, and what XDP marks is handed over at once.
+//! were merged on arrival stay merged, and what XDP marks is handed over at once. The same runs at the
+//! kernel's vxlan devices, on what the kernel has decapsulated and nobody here has seen.
 
-use crate::access::{At, Frame, View};
+use crate::access::{At, Frame, View, opaque};
 use crate::account::account;
 use crate::answer;
 use crate::decide::{self, Decided, Origin};
@@ -115,14 +116,18 @@ fn plan<'e, P: Form, E: Env>(
     };
     let mut transport = outer;
     let mut tunnel = 0;
-    if ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst) {
-        let index;
-        (index, packet) = open::<P, E>(env, settings, &link, &ip)?;
+    let own = if P::TC { own_tunnel(env, ifindex) } else { 0 };
+    let is_tunnelled = ip.proto == IPPROTO_UDP && is_vxlan(settings, outer.dst);
+    if own != 0 {
+        tunnel = peer(env, settings, &packet, own)?;
+    } else if is_tunnelled {
+        (tunnel, packet) = open::<P, E>(env, settings, &link, &ip)?;
+    }
+    if own != 0 || is_tunnelled {
         if let Some(pod) = near::pod::<P, E>(env, packet.ip.l3.dst()) {
-            return deliver::<P, E>(env, settings, &packet, pod, index);
+            return deliver::<P, E>(env, settings, &packet, pod, tunnel);
         }
         transport = parse::transport::<P, E>(env, packet.l3, &packet.ip)?;
-        tunnel = index;
     }
     if P::GENERAL || P::TC {
         (packet, transport) = replay::again(env, view, &packet, &transport)?;
@@ -171,6 +176,58 @@ pub(crate) fn open<'f, P: Form, E: Env>(
         return Err(Reason::SuperFrame.into());
     }
     Ok((index, packet))
+}
+
+/// Index of the tunnel of one of the kernel's vxlan devices, else 0: what TC sees there has no outer
+/// headers any more.
+#[inline(always)]
+pub(crate) fn own_tunnel<E: Env>(env: &E, ifindex: u32) -> u32 {
+    let mut own = 0;
+    for index in 1..MAX_TUNNELS {
+        if let Some(tunnel) = env.tunnel(index)
+            && field!(tunnel, Tunnel, ifindex).get() == ifindex
+        {
+            own = index;
+        }
+    }
+    env.forget(own)
+}
+
+/// The tunnel end that sent a packet which the kernel has decapsulated. Its outer source is gone: the
+/// MAC of its device says which one it is, and the inner source must be one of its pods.
+///
+/// # Errors
+/// `UnknownVtepPassed`, `InnerNotLocal` (pass); `UnknownVtep`, `InnerSource` (drop).
+#[inline(always)]
+pub(crate) fn peer<E: Env>(
+    env: &E,
+    settings: At<'_, Settings>,
+    packet: &Located<'_>,
+    own: u32,
+) -> Step<u32> {
+    let own = env.tunnel(own).ok_or(Reason::TableBroken)?;
+    let (src, dst) = (field!(packet.eth, Ethernet, src), field!(packet.eth, Ethernet, dst));
+    if dst.get() != field!(own, Tunnel, mac).get() {
+        return Err(Reason::InnerNotLocal.into());
+    }
+    let word = opaque(VtepKey::mac_word(src.get()));
+    let key = VtepKey::of_mac_word(word, field!(own, Tunnel, vni).get());
+    let Some(index) = env.vtep_source(&key) else {
+        return Err(unknown(settings).into());
+    };
+    let index = env.forget(index.get());
+    let vtep = env.vtep(index).ok_or(Reason::TableBroken)?;
+    if !is_from(vtep, &packet.ip) {
+        return Err(Reason::InnerSource.into());
+    }
+    Ok(index)
+}
+
+/// Why a packet from a stranger in one of our tunnels stops.
+#[inline(always)]
+fn unknown(settings: At<'_, Settings>) -> Reason {
+    let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
+    if replace { Reason::UnknownVtep } else { Reason::UnknownVtepPassed }
 }
 
 #[inline(always)]
@@ -222,8 +279,7 @@ fn stranger<E: Env>(env: &E, settings: At<'_, Settings>, ip: &Ip<'_>, vni: Be32)
             && field!(tunnel, Tunnel, vni).get() == vni
             && field!(tunnel, Tunnel, local).get() == ip.l3.dst()
         {
-            let replace = field!(settings, Settings, flags).get() & settings_flags::REPLACE != 0;
-            return if replace { Reason::UnknownVtep } else { Reason::UnknownVtepPassed };
+            return unknown(settings);
         }
     }
     Reason::ForeignTunnel
@@ -340,6 +396,10 @@ fn deliver<'e, P: Form, E: Env>(
     let redirect = frames
         && !parse::is_first_fragment::<P, E>(env)
         && !is_for_tc::<P, E>(env, settings, packet);
+    if P::TC && packet.cut == 0 && !redirect {
+        // At the kernel's vxlan device: it is where it would be handed to.
+        return Err(Reason::NoService.into());
+    }
     let door = replay::open_pod(env, pod, redirect, packet, vtep);
     if let Some(reason) = door.closed {
         return Err(reason.into());
@@ -402,7 +462,7 @@ fn serve<'e, P: Form, E: Env>(
         match decide::ask(env, scratch, transport.flags, origin, request) {
             Ok(decided) => (decided, Direction::Forward),
             Err(stop) => {
-                answer::note(scratch, packet, origin.tunnel, stop);
+                answer::note(scratch, packet, wrapped::<P>(packet, origin.tunnel), stop);
                 return Err(nobodys(stop, origin));
             }
         }
@@ -410,6 +470,12 @@ fn serve<'e, P: Form, E: Env>(
     replay_flow::<P, E>(
         env, settings, scratch, packet, transport, &decided, direction, origin, port,
     )
+}
+
+/// The tunnel that an answer must be wrapped for. At the kernel's vxlan device the kernel does it.
+#[inline(always)]
+fn wrapped<P: Form>(packet: &Located<'_>, tunnel: u32) -> u32 {
+    if P::TC && packet.cut == 0 { 0 } else { tunnel }
 }
 
 /// "No Service" has another name for what came out of a tunnel.
@@ -512,7 +578,7 @@ fn replay_flow<'e, P: Form, E: Env>(
     };
     let door = replay::open(env, exit, packet, origin.tunnel);
     if let Some(reason) = door.closed {
-        answer::note(scratch, packet, origin.tunnel, stop(reason));
+        answer::note(scratch, packet, wrapped::<P>(packet, origin.tunnel), stop(reason));
         return Err(stop(reason));
     }
     let tagged = is_tagged(r, is_reply, &door);
@@ -573,7 +639,15 @@ fn follow<'e, P: Form, E: Env>(
     }
     let (mut tunnel, mut cut, mut tags, mut ecn) = (0, 0, link.tags, 0);
     let (mut v4, mut len, mut hop_limit) = (ip.l3.is_v4(), ip.len, ip.hop_limit);
-    if ip.opaque.is_none() {
+    let own = if P::TC { own_tunnel(env, uplink) } else { 0 };
+    if own != 0 {
+        if ip.opaque.is_none() {
+            return Err(Reason::Fragment.into());
+        }
+        let (outer, eth, l3) = (link.first, link.last, link.l3);
+        let packet = Located { outer, eth, ip, l3, cut: 0, tags: 0, ecn: 0 };
+        tunnel = peer(env, settings, &packet, own)?;
+    } else if ip.opaque.is_none() {
         let outer = parse::transport::<P, E>(env, link.l3, &ip)?;
         if ip.proto != IPPROTO_UDP || !is_vxlan(settings, outer.dst) {
             return Err(Reason::Fragment.into());

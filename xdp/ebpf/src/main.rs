@@ -5,6 +5,7 @@
 //! | `xdp_node`   | XDP  | uplinks                                                         |
 //! | `tc_uplink`  | TC   | ingress of uplinks: receives what XDP handed over               |
 //! | `tc_node`    | TC   | ingress of uplinks without XDP: does what `xdp_node` does       |
+//! | `tc_tunnel`  | TC   | ingress of the kernel's vxlan devices: what nobody has seen     |
 //! | `tc_ingress` | TC   | ingress of the host sides of pods                               |
 //! | `tc_egress`  | TC   | uplinks, the kernel's vxlan devices, host sides of pods         |
 //! | `*_general`  | both | reached by a tail call from the above: headers of any length    |
@@ -33,7 +34,8 @@ use kernel::Kernel;
 use skb::{
     GENERAL_HEADERS, HEADERS, ICMP_HEADERS, NODE_GENERAL_HEADERS, NODE_HEADERS, NODE_ICMP_HEADERS,
 };
-use sluice_abi::{Hook, Trap};
+use sluice_abi::{Hook, Lane, Trap};
+use sluice_datapath::access::Frame;
 use sluice_datapath::parse::{AtTc, Form, General, Later, Plain};
 use sluice_datapath::verdict::Action;
 use sluice_datapath::{answer, icmp, ingress, tc};
@@ -118,6 +120,18 @@ pub fn tc_node(ctx: TcContext) -> i32 {
     tc_up::<Plain>(ctx, NODE_HEADERS)
 }
 
+/// Ingress of the kernel's vxlan devices. What was handed to them passes, all else is `tc_node`'s. It
+/// writes no packet byte, for the reason that `tc_uplink` writes none.
+#[classifier]
+pub fn tc_tunnel(ctx: TcContext) -> i32 {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if frame.hand_over().is_some() || frame.take_mark() {
+        return TC_NEXT;
+    }
+    frame.change_lane(Hook::TcNode, Lane::Fast);
+    TC_NEXT
+}
+
 /// Goes on where `tc_node` stops at options or extension headers.
 #[classifier]
 pub fn tc_node_general(ctx: TcContext) -> i32 {
@@ -137,7 +151,11 @@ pub fn tc_node_icmp(ctx: TcContext) -> i32 {
     if !frame.pull(NODE_ICMP_HEADERS) {
         return TC_NEXT;
     }
-    exit(icmp::uplink::<AtTc<General>, _, _>(&Kernel, &mut frame).action)
+    let action = icmp::uplink::<AtTc<General>, _, _>(&Kernel, &mut frame).action;
+    if let Action::Receive(_) = action {
+        frame.set_mark();
+    }
+    exit(action)
 }
 
 /// Answers what `tc_node` and `tc_node_general` cannot let go on.
@@ -159,7 +177,11 @@ fn tc_up<P: Form>(ctx: TcContext, headers: u32) -> i32 {
     if !frame.pull(headers) {
         return TC_NEXT;
     }
-    exit(ingress::xdp::<AtTc<P>, _, _>(&Kernel, &mut frame).action)
+    let action = ingress::xdp::<AtTc<P>, _, _>(&Kernel, &mut frame).action;
+    if let Action::Receive(_) = action {
+        frame.set_mark();
+    }
+    exit(action)
 }
 
 /// Ingress of the host sides of pods.

@@ -75,6 +75,35 @@ impl SkbFrame {
         (mark.magic == HAND_OVER_MAGIC).then_some(mark.ifindex)
     }
 
+    /// Says to `tc_tunnel` that this packet was handed to its device: by the kernel's mark, which cannot
+    /// come from the wire. Another's mark stays; the packet is then counted there, too.
+    #[inline(always)]
+    pub fn set_mark(&mut self) {
+        // SAFETY: the context is valid while the program runs.
+        let mark = unsafe { &raw mut (*self.0).mark };
+        // SAFETY: as above.
+        unsafe {
+            if mark.read_volatile() == 0 {
+                mark.write_volatile(HAND_OVER_MAGIC);
+            }
+        }
+    }
+
+    /// Takes that mark off. Whether it was there.
+    #[inline(always)]
+    pub fn take_mark(&mut self) -> bool {
+        // SAFETY: the context is valid while the program runs.
+        let mark = unsafe { &raw mut (*self.0).mark };
+        // SAFETY: as above.
+        unsafe {
+            if mark.read_volatile() != HAND_OVER_MAGIC {
+                return false;
+            }
+            mark.write_volatile(0);
+        }
+        true
+    }
+
     /// Whether a VLAN tag stands beside the packet (kernel net/core/dev.c, `skb_vlan_untag`).
     #[inline(always)]
     pub fn is_tagged(&self) -> bool {

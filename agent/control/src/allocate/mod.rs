@@ -281,6 +281,7 @@ impl Allocator {
                 Some((key, *vteps.get(vtep)?))
             })
             .collect();
+        wanted.extend(by_mac(&out.tables.vteps));
         // A hash needs room for old and new at once: what is there stays.
         wanted.sort_by_key(|(key, _)| (!actual.vtep_sources.contains_key(key), *key));
         let room = self.limits.vtep_sources as usize;
@@ -373,6 +374,19 @@ fn pod(facts: &PodFacts) -> Pod {
         mtu: facts.mtu,
         ..Pod::default()
     }
+}
+
+/// Keys by the MACs of the peers' devices. A MAC that two have says nothing.
+fn by_mac(vteps: &BTreeMap<u32, Vtep>) -> Vec<(VtepKey, u32)> {
+    let mut owners: BTreeMap<VtepKey, Vec<u32>> = BTreeMap::new();
+    for (index, vtep) in vteps {
+        owners.entry(VtepKey::of_mac(vtep.remote_mac, vtep.vni)).or_default().push(*index);
+    }
+    let one = |(key, owners): (VtepKey, Vec<u32>)| match owners.as_slice() {
+        [index] => Some((key, *index)),
+        _ => None,
+    };
+    owners.into_iter().filter_map(one).collect()
 }
 
 fn vtep_value(name: &VtepName, vtep: &DesiredVtep, nexthop: u32, tunnel: u32) -> Vtep {

@@ -121,7 +121,7 @@ pub struct Attached {
     pub role: Role,
     /// How XDP runs there; [`Rung::Tc`] for roles without XDP.
     pub mode: Rung,
-    /// Whether replies are taken at TC ingress.
+    /// Whether packets are taken at TC ingress.
     pub tc_ingress: bool,
     /// Whether replies are taken at TC egress.
     pub tc_egress: bool,
@@ -134,6 +134,8 @@ const XDP: &str = "xdp_node";
 const TC_UPLINK: &str = "tc_uplink";
 /// TC ingress of uplinks without XDP.
 const TC_NODE: &str = "tc_node";
+/// TC ingress of the kernel's vxlan devices.
+const TC_TUNNEL: &str = "tc_tunnel";
 /// TC ingress of the host sides of pods.
 const TC_INGRESS: &str = "tc_ingress";
 const TC_EGRESS: &str = "tc_egress";
@@ -142,14 +144,14 @@ const CLOCK: &str = "xdp_clock";
 /// frames in several buffers.
 const JUMP_GENERIC: &str = "sl_jumpgen_v1";
 
-/// The program at TC ingress of an interface with XDP in this mode. None for the vxlan device: what XDP hands to it carries
-/// its mark on, and must not be handed over once more.
-fn tc_ingress(role: Role, mode: Rung) -> Option<&'static str> {
+/// The program at TC ingress of an interface with XDP in this mode. The vxlan device has one of its own:
+/// what XDP hands to it carries its mark on, and must not be handed over once more.
+const fn tc_ingress(role: Role, mode: Rung) -> &'static str {
     match role {
-        Role::Uplink if matches!(mode, Rung::Tc | Rung::None) => Some(TC_NODE),
-        Role::Uplink => Some(TC_UPLINK),
-        Role::Pod => Some(TC_INGRESS),
-        Role::Tunnel => None,
+        Role::Uplink if matches!(mode, Rung::Tc | Rung::None) => TC_NODE,
+        Role::Uplink => TC_UPLINK,
+        Role::Pod => TC_INGRESS,
+        Role::Tunnel => TC_TUNNEL,
     }
 }
 
@@ -198,7 +200,7 @@ impl Attacher {
         for name in [XDP, CLOCK] {
             load_xdp(&mut ebpf, name)?;
         }
-        for name in [TC_UPLINK, TC_NODE, TC_INGRESS, TC_EGRESS] {
+        for name in [TC_UPLINK, TC_NODE, TC_TUNNEL, TC_INGRESS, TC_EGRESS] {
             tc(&mut ebpf, name)?
                 .load()
                 .map_err(|source| AttachError::Program { name, source: Box::new(source) })?;
@@ -356,9 +358,7 @@ impl Attacher {
     /// attached stays: its links are taken over.
     pub fn try_refused_again(&mut self) {
         self.interfaces.retain(|_, attached| {
-            attached.mode != Rung::None
-                && attached.tc_egress
-                && (attached.tc_ingress || attached.role == Role::Tunnel)
+            attached.mode != Rung::None && attached.tc_egress && attached.tc_ingress
         });
     }
 
@@ -375,8 +375,7 @@ impl Attacher {
         };
         xdp_here
             && (!known.tc_ingress
-                || tc_ingress(known.role, known.mode)
-                    .is_none_or(|name| self.tc_there(link, name, TcAttachType::Ingress)))
+                || self.tc_there(link, tc_ingress(known.role, known.mode), TcAttachType::Ingress))
             && (!known.tc_egress || self.tc_there(link, TC_EGRESS, TcAttachType::Egress))
     }
 
@@ -407,7 +406,7 @@ impl Attacher {
     fn leave_other_ingress(&mut self, link: &Link, mode: Rung) {
         for name in [TC_UPLINK, TC_NODE] {
             let path = link_path(self.pins.dir(), name, &link.name);
-            if tc_ingress(Role::Uplink, mode) == Some(name) || !path.exists() {
+            if tc_ingress(Role::Uplink, mode) == name || !path.exists() {
                 continue;
             }
             self.held.remove(&path);
@@ -439,9 +438,8 @@ impl Attacher {
         }
         for (name, side, done) in [
             (tc_ingress(role, attached.mode), TcAttachType::Ingress, &mut attached.tc_ingress),
-            (Some(TC_EGRESS), TcAttachType::Egress, &mut attached.tc_egress),
+            (TC_EGRESS, TcAttachType::Egress, &mut attached.tc_egress),
         ] {
-            let Some(name) = name else { continue };
             match self.attach_tc(link, name, side) {
                 Ok(()) => *done = true,
                 Err(refusal) => attached.refusals.push(refusal),

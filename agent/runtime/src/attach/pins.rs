@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use sluice_abi::maps;
 
-use super::{AttachError, JUMP_GENERIC, TC_EGRESS, TC_INGRESS, TC_NODE, TC_UPLINK, XDP, detach};
+use super::{
+    AttachError, JUMP_GENERIC, TC_EGRESS, TC_INGRESS, TC_NODE, TC_TUNNEL, TC_UPLINK, XDP, detach,
+};
 
 pub(super) fn clock_path(dir: &Path) -> PathBuf {
     dir.join("prog-xdp_clock")
@@ -25,7 +27,7 @@ pub fn link_pins(dir: &Path) -> Vec<(PathBuf, String)> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let rest = name.strip_prefix("link-")?;
-            let interface = [XDP, TC_UPLINK, TC_NODE, TC_INGRESS, TC_EGRESS]
+            let interface = [XDP, TC_UPLINK, TC_NODE, TC_TUNNEL, TC_INGRESS, TC_EGRESS]
                 .iter()
                 .find_map(|p| rest.strip_prefix(p)?.strip_prefix('-'))?;
             Some((entry.path(), interface.replace("%2e", ".").replace("%25", "%")))

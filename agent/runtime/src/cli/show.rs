@@ -478,7 +478,7 @@ pub(super) fn vteps(show: &Show) -> Result<(), CliError> {
         let nets: Vec<String> = v.pod_nets.iter().filter_map(pod_net).collect();
         let mut from: Vec<String> = sources
             .iter()
-            .filter(|(_, to)| *to == index)
+            .filter(|(key, to)| *to == index && !key.is_mac())
             .map(|(key, _)| key.source.to_string())
             .collect();
         from.sort();
