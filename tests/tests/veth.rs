@@ -139,7 +139,12 @@ impl Lab {
         let mut hooks = vec![fixture.step.hook];
         // What is handed to a vxlan device is not counted there again.
         hooks.extend((fixture.step.hook == Hook::Xdp).then_some(Hook::TcNode));
-        check_counters(fixture, frame.len() as u64, &self.kernel, &hooks)?;
+        let bytes = match fixture.step.hook {
+            // The tag is beside the packet.
+            Hook::TcIngress => untagged(&frame).len(),
+            _ => frame.len(),
+        };
+        check_counters(fixture, bytes as u64, &self.kernel, &hooks)?;
 
         let places = places(fixture);
         let mut seen = self.tap.wait(places.len() + usize::from(is_tapped(&fixture.step)));
