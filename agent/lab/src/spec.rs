@@ -193,6 +193,9 @@ pub struct LabSpec {
     /// Whether nodes with an IPv6 underlay take a zero UDP checksum in the outer header
     /// (RFC 6935); Flannel's device does not.
     pub udp6_zero_checksum: bool,
+    /// Whether hosts keep their offloads: they then send segments larger than the MTU and leave
+    /// checksums open, and the fabric's ports cut and sum, as a NIC would do it before the wire.
+    pub offloads: bool,
     /// Start the pods' servers.
     pub servers: bool,
 }
@@ -222,6 +225,7 @@ impl LabSpec {
             pod_gro: true,
             fabric_xdp: true,
             udp6_zero_checksum: false,
+            offloads: false,
             servers: true,
         }
     }

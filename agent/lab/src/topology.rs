@@ -119,6 +119,14 @@ fn without_offloads(netns: &Netns, device: &str, gro: &str) -> Result<(), LabErr
     offloads(netns, device, &tags)
 }
 
+/// The same for an interface of a host, unless hosts keep their offloads.
+fn host_offloads(netns: &Netns, device: &str, gro: &str, spec: &LabSpec) -> Result<(), LabError> {
+    if spec.offloads {
+        return offloads(netns, device, &["gro", gro]);
+    }
+    without_offloads(netns, device, gro)
+}
+
 fn client(plan: &Plan, spec: &LabSpec) -> Result<(), LabError> {
     let mut ip = Batch::default();
     ip.add("link set lo up");
@@ -136,7 +144,7 @@ fn client(plan: &Plan, spec: &LabSpec) -> Result<(), LabError> {
         }
     }
     ip.run("ip", &plan.client.netns)?;
-    without_offloads(&plan.client.netns, HOST_INTERFACE, "on")
+    host_offloads(&plan.client.netns, HOST_INTERFACE, "on", spec)
 }
 
 fn build_node(node: &NodePlan, plan: &Plan, spec: &LabSpec) -> Result<(), LabError> {
@@ -170,9 +178,11 @@ fn build_node(node: &NodePlan, plan: &Plan, spec: &LabSpec) -> Result<(), LabErr
         ));
     }
     fdb.run("bridge", &node.netns)?;
-    without_offloads(&node.netns, UPLINK, "off")?;
-    without_offloads(&node.netns, VXLAN_DEVICE, "off")?;
-    node.pods.iter().try_for_each(|pod| without_offloads(&node.netns, &pod.host_interface, "off"))
+    // A NIC's driver has GRO on, a veth only if told so.
+    host_offloads(&node.netns, UPLINK, if spec.offloads { "on" } else { "off" }, spec)?;
+    host_offloads(&node.netns, VXLAN_DEVICE, if spec.offloads { "on" } else { "off" }, spec)?;
+    let pods = &mut node.pods.iter();
+    pods.try_for_each(|pod| host_offloads(&node.netns, &pod.host_interface, "off", spec))
 }
 
 /// The device as Flannel sets it up: the tunnel's address is the first of the pod CIDR, and each
@@ -227,5 +237,5 @@ fn build_pod(pod: &PodPlan, spec: &LabSpec) -> Result<(), LabError> {
         ip.add(format!("route add default via {gateway} dev {HOST_INTERFACE} onlink"));
     }
     ip.run("ip", &pod.netns)?;
-    without_offloads(&pod.netns, HOST_INTERFACE, if spec.pod_gro { "on" } else { "off" })
+    host_offloads(&pod.netns, HOST_INTERFACE, if spec.pod_gro { "on" } else { "off" }, spec)
 }

@@ -17,5 +17,6 @@ mod objects;
 mod path_mtu;
 mod services;
 mod switches;
+mod throughput;
 mod tunnel;
 mod vlan;
