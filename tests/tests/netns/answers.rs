@@ -260,6 +260,65 @@ fn is_a_hop(mode: Mode) {
     assert!(sent >= 2 && limited == 0, "{sent} sent, {limited} not");
 }
 
+/// The hops that `traceroute` sees, each an address or `*`; the last one is the end.
+fn hops(bed: &Bed, from: &str, to: IpAddr, how: &[&str]) -> Vec<String> {
+    let to = to.to_string();
+    let mut args = vec!["-n", "-q", "1", "-w", "3", "-m", "6"];
+    args.extend(how);
+    args.push(&to);
+    let text = bed.run(from, "traceroute", &args);
+    let hops = text.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1));
+    hops.map(str::to_owned).collect()
+}
+
+/// `traceroute` by datagrams and by TCP, to Services and through the tunnel to pods of both nodes.
+fn shows_its_hop(mode: Mode, delivery: &'static str) {
+    let spec = LabSpec::kernel_only(2, 2);
+    let objects = [
+        ("local.yaml", LOCAL.objects(&spec, &["pod1-1"])),
+        ("remote.yaml", REMOTE.objects(&spec, &["pod2-1"])),
+    ];
+    let bed = Bed::up(&spec, Config { delivery, ..Config::new(mode) }, &objects);
+    let (echo, http) = (ECHO.to_string(), HTTP.to_string());
+    for family in FAMILIES {
+        let node = bed.node(1).address(family).to_string();
+        for how in [["-U", "-p", &echo], ["-T", "-p", &http]] {
+            for service in [LOCAL, REMOTE] {
+                let vip = service.load_balancer_ip(family);
+                let hops = hops(&bed, "client", vip, &how);
+                let vip = vip.to_string();
+                // What the kernel says of a packet that is translated comes from the Service, as it
+                // does with netfilter.
+                let by_kernel = delivery == "stack" && service.name == LOCAL.name;
+                let first = if by_kernel { &vip } else { &node };
+                assert_eq!(hops.first(), Some(first), "{service:?} {how:?}: {hops:?}");
+                assert_eq!(hops.last(), Some(&vip), "{service:?} {how:?}: {hops:?}");
+                assert!(hops.len() <= 3, "{service:?} {how:?}: {hops:?}");
+            }
+        }
+        // Between pods the kernel is the router, and answers from the tunnel's address.
+        let tunnel = match family {
+            Family::V4 => [1, 2].map(|n| bed.node(n).tunnel_v4().to_string()),
+            Family::V6 => [1, 2].map(|n| bed.node(n).tunnel_v6().to_string()),
+        };
+        let [here, there] = ["pod1-1", "pod2-1"].map(|pod| bed.pod(pod).address(family));
+        let path = hops(&bed, "pod2-1", here, &[]);
+        assert_eq!(path[1..], [tunnel[0].clone(), here.to_string()], "{path:?}");
+        let path = hops(&bed, "pod1-1", there, &[]);
+        assert_eq!(path[1..], [tunnel[1].clone(), there.to_string()], "{path:?}");
+    }
+}
+
+#[test]
+fn a28_native_redirect_shows_its_hop_to_traceroute() {
+    shows_its_hop(Mode::Native, "redirect");
+}
+
+#[test]
+fn a28_generic_stack_shows_its_hop_to_traceroute() {
+    shows_its_hop(Mode::Generic, "stack");
+}
+
 #[test]
 fn a28_native_is_a_hop_on_the_path_to_a_service() {
     is_a_hop(Mode::Native);
