@@ -9,6 +9,7 @@
 //!
 //! Nothing here is part of the product. Failures panic: the callers are tests.
 
+pub mod captures;
 pub mod elf;
 pub mod fixtures;
 pub mod host;
