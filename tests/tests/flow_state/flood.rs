@@ -295,6 +295,12 @@ fn connection_that_the_flow_table_has_no_room_for_keeps_its_place_in_the_guard()
         }
         assert_eq!(c.both_ways(runner, &seen), (Way::Works, Way::Works));
         tables_agree(runner);
+        // Silent for too long, though nobody has swept yet.
+        change(runner, &c, |_, r| (r.seen, r.timeout) = (r.seen.wrapping_sub(50), 40));
+        let packet = stranger(Family::V4, 50, Svc::LocalStack);
+        let (reason, _) = runner.send(Hook::Xdp, dev::UPLINK, &packet.bytes());
+        assert_eq!(reason, Reason::DnatLocal);
+        tables_agree(runner);
     });
 }
 

@@ -128,9 +128,8 @@ pub fn put<E: Env>(
 ) -> SnatSlot {
     let draft = field!(scratch, Scratch, draft);
     let limits = field!(settings, Settings, flood);
-    let now = field!(draft, FlowRecord, seen).get();
     let Some(cpu) = env.flood_cpu() else { return SnatSlot::FREE };
-    if !is_too_much(limits, cpu, now) || flow::has_client(at) {
+    if !is_too_much(limits, cpu, field!(draft, FlowRecord, seen).get()) || flow::has_client(at) {
         return SnatSlot::FREE;
     }
     let Some((set, index, way)) = place(env, settings, at.hash) else { return SnatSlot::FREE };
@@ -145,7 +144,7 @@ pub fn put<E: Env>(
     let freed = field!(scratch, Scratch, best);
     freed.set_now(0);
     if flow_tag::is_used(old) {
-        if is_kept(record) {
+        if is_kept(record) && is_alive(record, draft) {
             return SnatSlot::FREE;
         }
         freed.set_now(field!(record, FlowRecord, snat).get() as u64);
@@ -155,7 +154,7 @@ pub fn put<E: Env>(
     if old & (flow_tag::USED | flow_tag::BUSY) == flow_tag::BUSY || !tag_at.replace_if(old, busy) {
         return SnatSlot::CLAIMED;
     }
-    note_used(env, now);
+    note_used(env, field!(draft, FlowRecord, seen).get());
     record.copy_from(draft);
     let slot = SnatSlot::owned(index, way);
     flow::give_back(env, field!(draft, FlowRecord, snat).get(), SnatSlot::CLAIMED, slot);
@@ -191,6 +190,15 @@ pub fn note_taken<E: Env>(
 fn is_kept(r: At<'_, FlowRecord>) -> bool {
     field!(r, FlowRecord, proto).get() == IPPROTO_TCP
         && field!(r, FlowRecord, state).get() & flow_state::CONFIRMED != 0
+}
+
+/// Whether a record has not been silent for longer than it may, when `new` is made.
+#[inline(always)]
+fn is_alive(r: At<'_, FlowRecord>, new: At<'_, FlowRecord>) -> bool {
+    let now = field!(new, FlowRecord, seen).get();
+    let age = now.wrapping_sub(field!(r, FlowRecord, seen).get());
+    // A packet that came after the clock was read makes the difference negative.
+    age <= field!(r, FlowRecord, timeout).get() || age > u32::MAX / 2
 }
 
 /// Takes SNAT slot `index` from a connection in the guard, which ends, for a new one. So a flood to

@@ -123,7 +123,7 @@ impl Kind {
     /// Whose packets they are, unless they come from a pod.
     const fn clients(self) -> Clients {
         match self {
-            Kind::DnatNew | Kind::DecapDnatNew => Clients::New,
+            Kind::DnatNew | Kind::DnatFlood | Kind::DecapDnatNew => Clients::New,
             Kind::DnatRemote | Kind::ReplyRemote => Clients::Remote,
             _ => Clients::Local,
         }
