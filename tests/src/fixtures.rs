@@ -24,6 +24,7 @@ mod hairpin;
 mod icmp;
 mod large;
 mod passed;
+mod peer;
 mod stopped;
 mod tc;
 mod tc_node;
@@ -301,6 +302,7 @@ pub fn all() -> Vec<Fixture> {
     stopped::add(&mut table);
     broken::add(&mut table);
     answers::add(&mut table);
+    peer::add(&mut table);
     large::add(&mut table);
     table
 }

@@ -22,6 +22,7 @@ use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{answer, icmp, ingress, tc};
 
+use crate::kernel::BY_PEER;
 use crate::world::{World, size};
 
 /// An array map.
@@ -551,6 +552,9 @@ unsafe impl Frame for HostFrame {
         }
         self.mark = Some(ifindex);
         true
+    }
+    fn peer_mark(&mut self, ifindex: u32) -> bool {
+        self.hand_over_mark(ifindex | BY_PEER)
     }
     fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool {
         let at = self.start + offset;

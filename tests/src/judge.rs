@@ -110,13 +110,13 @@ impl State {
 /// The kernel's number for an action at a hook.
 pub fn code_of(hook: Hook, action: Action) -> u32 {
     match (hook, action) {
-        (Hook::Xdp, Action::Pass | Action::Receive(_)) => code::XDP_PASS,
+        (Hook::Xdp, Action::Pass | Action::Receive(_) | Action::Peer(_)) => code::XDP_PASS,
         (Hook::Xdp, Action::Drop) => code::XDP_DROP,
         (Hook::Xdp, Action::Transmit) => code::XDP_TX,
         (Hook::Xdp, Action::Redirect(_)) => code::XDP_REDIRECT,
         (_, Action::Pass) => code::TC_NEXT,
         (_, Action::Drop) => code::TC_DROP,
-        (_, Action::Redirect(_) | Action::Receive(_)) => code::TC_REDIRECT,
+        (_, Action::Redirect(_) | Action::Receive(_) | Action::Peer(_)) => code::TC_REDIRECT,
         (_, Action::Transmit) => 0,
     }
 }

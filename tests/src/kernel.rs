@@ -67,10 +67,18 @@ impl Ran {
     pub fn mark(&self) -> Option<u32> {
         let meta: [u8; 8] = self.meta.as_slice().try_into().ok()?;
         let [magic, ifindex] = zerocopy::transmute!(meta);
-        (magic == HAND_OVER_MAGIC).then_some(ifindex)
+        match magic {
+            HAND_OVER_MAGIC => Some(ifindex),
+            PEER_MAGIC => Some(ifindex | BY_PEER),
+            _ => None,
+        }
     }
 }
 
+/// In a mark: not the interface receives, but the other end of its veth.
+pub const BY_PEER: u32 = 1 << 31;
+/// First word of what XDP leaves for TC then: "slup".
+const PEER_MAGIC: u32 = 0x736c_7570;
 /// First word of what XDP leaves for TC: "sluc".
 const HAND_OVER_MAGIC: u32 = 0x736c_7563;
 

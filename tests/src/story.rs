@@ -9,6 +9,7 @@ use sluice_datapath::verdict::Action;
 use crate::fixtures::Fixture;
 use crate::host::Host;
 use crate::judge::Runner;
+use crate::kernel::BY_PEER;
 use crate::world::{VXLAN_PORT_V4, VXLAN_PORT_V6, dev};
 
 /// A fixture as a row of a table tells it.
@@ -92,6 +93,7 @@ fn way(fixture: &Fixture) -> String {
         _ => "another interface",
     };
     match (fixture.action, fixture.mark) {
+        (Action::Pass, Some(veth)) if veth & BY_PEER != 0 => "to the pod's end, by TC".to_owned(),
         (Action::Pass, Some(ifindex)) => format!("to the kernel, received by {}", device(ifindex)),
         (Action::Pass, None) => "to the kernel".to_owned(),
         (Action::Drop, _) => "dropped".to_owned(),
@@ -101,6 +103,7 @@ fn way(fixture: &Fixture) -> String {
             _ => format!("out of {}", device(ifindex)),
         },
         (Action::Receive(ifindex), _) => format!("received by {}", device(ifindex)),
+        (Action::Peer(_), _) => "to the pod's end".to_owned(),
     }
 }
 

@@ -298,7 +298,7 @@ fn one_crate_links_libbpf() {
 }
 
 /// Helper numbers and names (include/uapi/linux/bpf.h, `___BPF_FUNC_MAPPER`).
-const HELPERS: [(i32, &str); 19] = [
+const HELPERS: [(i32, &str); 21] = [
     (1, "bpf_map_lookup_elem"),
     (11, "bpf_l4_csum_replace"),
     (12, "bpf_tail_call"),
@@ -308,9 +308,11 @@ const HELPERS: [(i32, &str); 19] = [
     (38, "bpf_skb_change_tail"),
     (39, "bpf_skb_pull_data"),
     (40, "bpf_csum_update"),
+    (32, "bpf_skb_change_type"),
     (43, "bpf_skb_change_head"),
     (44, "bpf_xdp_adjust_head"),
     (50, "bpf_skb_adjust_room"),
+    (155, "bpf_redirect_peer"),
     (54, "bpf_xdp_adjust_meta"),
     (65, "bpf_xdp_adjust_tail"),
     (93, "bpf_spin_lock"),

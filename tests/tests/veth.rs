@@ -19,7 +19,7 @@ use sluice_datapath::verdict::Action;
 use sluice_tests::fixtures::{self, Fixture, HeadRoom, Out, Step};
 use sluice_tests::host::Host;
 use sluice_tests::judge::{Outcome, Runner, check_counters, difference, in_kernel};
-use sluice_tests::kernel::{Kernel, OBJECT, code};
+use sluice_tests::kernel::{BY_PEER, Kernel, OBJECT, code};
 use sluice_tests::netns::{PEER, in_namespace, make_interfaces, raise_interfaces};
 use sluice_tests::wire::{PATIENCE, Seen, Tap, sender};
 use sluice_tests::world::{dev, size};
@@ -200,6 +200,7 @@ fn places(fixture: &Fixture) -> Vec<u32> {
         (_, Action::Drop) => Vec::new(),
         (_, Action::Redirect(ifindex)) => vec![ifindex + PEER],
         (_, Action::Receive(ifindex)) => vec![ifindex],
+        (_, Action::Peer(ifindex)) => vec![ifindex + PEER],
         (_, Action::Transmit) => vec![step.ifindex + PEER],
         (Hook::Xdp, Action::Pass) => {
             [Some(step.ifindex), fixture.mark].into_iter().flatten().collect()
@@ -225,6 +226,9 @@ fn fits(fixture: &Fixture) -> bool {
     in_kernel(fixture)
         && fixture.head_room == HeadRoom::Plenty
         && step.segment == 0
+        // The kernel hands nothing to the other end of a veth in the same namespace.
+        && fixture.mark.is_none_or(|mark| mark & BY_PEER == 0)
+        && !matches!(fixture.action, Action::Peer(_))
         && (step.hook != Hook::TcIngress || step.ifindex != dev::UPLINK)
 }
 

@@ -80,7 +80,7 @@ pub struct BackendDump {
 pub struct PodDump {
     /// Host side interface.
     pub ifindex: u32,
-    /// `stack` or `redirect`.
+    /// `stack`, `redirect` or `peer`.
     pub delivery: &'static str,
     /// The pod's own MAC.
     pub pod_mac: String,
@@ -175,10 +175,10 @@ pub fn dump(tables: &Tables, names: &Names) -> Dump {
             addr.to_string(),
             PodDump {
                 ifindex: pod.ifindex,
-                delivery: if pod.delivery == sluice_abi::Delivery::Redirect as u16 {
-                    "redirect"
-                } else {
-                    "stack"
+                delivery: match pod.delivery {
+                    d if d == sluice_abi::Delivery::Redirect as u16 => "redirect",
+                    d if d == sluice_abi::Delivery::Peer as u16 => "peer",
+                    _ => "stack",
                 },
                 pod_mac: pod.pod_mac.to_string(),
                 host_mac: pod.host_mac.to_string(),

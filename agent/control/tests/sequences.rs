@@ -206,6 +206,7 @@ impl World {
                     PodFacts {
                         ifindex: 20 + u32::from(i),
                         redirect: i == 0,
+                        peer: i == 1,
                         pod_mac: mac(200 + i),
                         host_mac: mac(210 + i),
                         mtu: 1450,

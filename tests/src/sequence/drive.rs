@@ -333,9 +333,9 @@ fn action(action: DatapathAction) -> Action {
         DatapathAction::Pass => Action::Pass,
         DatapathAction::Drop => Action::Drop,
         DatapathAction::Transmit => Action::Transmit,
-        DatapathAction::Redirect(ifindex) | DatapathAction::Receive(ifindex) => {
-            Action::Redirect(ifindex)
-        }
+        DatapathAction::Redirect(ifindex)
+        | DatapathAction::Receive(ifindex)
+        | DatapathAction::Peer(ifindex) => Action::Redirect(ifindex),
     }
 }
 

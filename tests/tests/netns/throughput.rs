@@ -176,7 +176,7 @@ fn compare(rivals: &[Rival], columns: &[(Path, sluice_lab::Family)]) {
 fn bulk_tcp_reaches_what_the_kernel_forwards() {
     let mut rivals = vec![Rival::new(None, "stack")];
     for mode in [Mode::Tc, Mode::Native, Mode::Generic] {
-        for delivery in ["stack", "redirect"] {
+        for delivery in ["stack", "peer", "redirect"] {
             rivals.push(Rival::new(Some(mode), delivery));
         }
     }

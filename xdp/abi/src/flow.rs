@@ -94,7 +94,7 @@ pub enum ExitKind {
 )]
 #[repr(C)]
 pub struct Exit {
-    /// Interface, VTEP or next hop, by `kind`.
+    /// Interface (perhaps with [`Exit::PEER`]), VTEP or next hop, by `kind`.
     pub index: u32,
     /// An [`ExitKind`].
     pub kind: u8,
@@ -104,6 +104,11 @@ pub struct Exit {
     pub dst_mac: Mac,
     /// Source MAC, for [`ExitKind::Frame`].
     pub src_mac: Mac,
+}
+
+impl Exit {
+    /// In the index of a [`ExitKind::Frame`]: to the other end of that veth, by TC.
+    pub const PEER: u32 = 1 << 31;
 }
 
 /// One connection, both directions. 192 bytes: three cache lines, of which a request of a known

@@ -161,6 +161,9 @@ pub enum Delivery {
     /// XDP_REDIRECT to the host side of the pod's veth. Only where the pod's end receives
     /// redirected frames (GRO on, or an XDP program).
     Redirect = 1,
+    /// TC hands it to the pod's end itself (`bpf_redirect_peer`), behind GRO and ahead of the host's
+    /// routing; XDP passes it there with a mark.
+    Peer = 2,
 }
 
 /// Value of `sl_pod_v1` (HASH, key = [`Addr`]): a pod of this node. 24 bytes.

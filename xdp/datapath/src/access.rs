@@ -49,6 +49,8 @@ pub unsafe trait Frame {
     /// Leaves a note for TC ingress in front of the packet: hand it to interface `ifindex`.
     /// False if the driver has no room for it.
     fn hand_over_mark(&mut self, ifindex: u32) -> bool;
+    /// The same: hand it to the other end of the veth `ifindex`.
+    fn peer_mark(&mut self, ifindex: u32) -> bool;
     /// Adds `addresses` (pseudo header) and `ports` to the transport checksum at `offset` bytes
     /// from the start; `udp` keeps a zero checksum zero (RFC 768).
     fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool;

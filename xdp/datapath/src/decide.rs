@@ -9,6 +9,7 @@ use crate::flood;
 use crate::flow::{self, Found, Inserted, Tuple};
 use crate::hash;
 use crate::parse::{self, Ip, Transport};
+use crate::replay;
 use crate::verdict::{Step, Stop};
 use crate::wire::{Ethernet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use sluice_abi::{
@@ -638,10 +639,10 @@ fn forward_exit<E: Env>(env: &E, backend: At<'_, Backend>, scratch: At<'_, Scrat
 fn local_exit(pod: Option<At<'_, Pod>>, exit: At<'_, Exit>) -> bool {
     field!(exit, Exit, kind).set(ExitKind::Stack as u8);
     if let Some(pod) = pod
-        && field!(pod, Pod, delivery).get() == Delivery::Redirect as u16
+        && field!(pod, Pod, delivery).get() != Delivery::Stack as u16
     {
         field!(exit, Exit, kind).set(ExitKind::Frame as u8);
-        field!(exit, Exit, index).set(field!(pod, Pod, ifindex).get());
+        field!(exit, Exit, index).set(replay::pod_index(pod));
         field!(exit, Exit, dst_mac).copy_from(field!(pod, Pod, pod_mac));
         field!(exit, Exit, src_mac).copy_from(field!(pod, Pod, host_mac));
     }

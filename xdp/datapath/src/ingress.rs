@@ -384,7 +384,7 @@ fn deliver<'e, P: Form, E: Env>(
     vtep: u32,
 ) -> Step<Departure<'e>> {
     // What TC translates back at the pod's interface must pass there; redirected frames do not.
-    let frames = field!(pod, Pod, delivery).get() == Delivery::Redirect as u16;
+    let frames = field!(pod, Pod, delivery).get() != Delivery::Stack as u16;
     if let Some(reason) = packet.ip.opaque
         && frames
         && !P::GENERAL

@@ -14,8 +14,8 @@ use crate::verdict::{Action, Owner, Step, Stop, Verdict};
 use crate::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ipv4, Ipv6, Ports, Tcp, Udp};
 use core::mem::offset_of;
 use sluice_abi::{
-    Addr, Be16, Be32, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop, Pod,
-    Reason, Scratch, Settings, Stopped, Timeouts, Tunnel, Vtep, flow_state,
+    Addr, Be16, Be32, Delivery, Exit, ExitKind, FlowRecord, IPPROTO_TCP, IPPROTO_UDP, Mac, NextHop,
+    Pod, Reason, Scratch, Settings, Stopped, Timeouts, Tunnel, Vtep, flow_state,
 };
 
 /// A parsed packet inside its frame.
@@ -303,7 +303,7 @@ pub struct Door<'e> {
     pub closed: Option<Reason>,
     /// Which kind.
     pub way: Way,
-    /// Interface.
+    /// Interface; with [`Exit::PEER`] the other end of that veth, by TC.
     pub ifindex: u32,
     /// Destination MAC; of the outer header for a tunnel.
     pub dst_mac: Option<At<'e, Mac>>,
@@ -328,7 +328,7 @@ impl<'e> Door<'e> {
     #[inline(always)]
     fn frame(ifindex: u32, dst: At<'e, Mac>, src: At<'e, Mac>) -> Self {
         let (dst_mac, src_mac) = (Some(dst), Some(src));
-        Self { closed: None, way: Way::Frame, ifindex, dst_mac, src_mac, vtep: None }
+        Self { way: Way::Frame, dst_mac, src_mac, ..Self::stack(ifindex) }
     }
 
     /// Whether the outer headers are IPv6's, whose UDP checksum must be right.
@@ -408,8 +408,15 @@ pub fn open_pod<'e, E: Env>(
     if packet.ip.hop_limit <= 1 {
         return Door::closed(Reason::HopLimit);
     }
-    let ifindex = field!(pod, Pod, ifindex).get();
+    let ifindex = pod_index(pod);
     Door::frame(ifindex, field!(pod, Pod, pod_mac), field!(pod, Pod, host_mac))
+}
+
+/// The index of the way into a pod that gets frames.
+#[inline(always)]
+pub(crate) fn pod_index(pod: At<'_, Pod>) -> u32 {
+    let peer = field!(pod, Pod, delivery).get() == Delivery::Peer as u16;
+    field!(pod, Pod, ifindex).get() | if peer { Exit::PEER } else { 0 }
 }
 
 /// The kernel's vxlan device behind a VTEP, 0 if there is none.
@@ -591,6 +598,10 @@ pub fn leave<P: Form, E: Env, F: Frame>(
         let untouched = departure.reason == Reason::DecapLocal;
         return Err(if untouched { Reason::NoMetadata.into() } else { stop });
     }
+    let by_peer = door.ifindex & Exit::PEER != 0;
+    if by_peer && !frame.peer_mark(door.ifindex & !Exit::PEER) {
+        return Err(stop);
+    }
     let outer = match departure.tags {
         Some(tags) => tags_len(tags) as i32,
         None => door.vtep.map_or(0, |vtep| encap::outer_len(vtep) as i32),
@@ -611,7 +622,8 @@ pub fn leave<P: Form, E: Env, F: Frame>(
     {
         return Err(stop);
     }
-    let action = if door.takes_hop() { out_of(frame, door.ifindex) } else { Action::Pass };
+    let passes = by_peer || !door.takes_hop();
+    let action = if passes { Action::Pass } else { out_of(frame, door.ifindex) };
     Ok(Verdict { action, reason: departure.reason, owner: departure.owner })
 }
 
@@ -646,6 +658,7 @@ fn leave_tc<P: Form, E: Env, F: Frame>(
         change_ecn_of_frame(frame.view(), departure.ecn);
     }
     let mut action = match (door.takes_hop(), door.ifindex) {
+        (true, ifindex) if ifindex & Exit::PEER != 0 => Action::Peer(ifindex & !Exit::PEER),
         (true, ifindex) => Action::Redirect(ifindex),
         (false, 0) => Action::Pass,
         (false, device) => Action::Receive(device),

@@ -16,6 +16,8 @@ pub enum Action {
     Redirect(u32),
     /// Let interface `.0` receive it (TC only).
     Receive(u32),
+    /// Let the other end of the veth `.0` receive it (TC only).
+    Peer(u32),
 }
 
 impl Action {
@@ -31,6 +33,7 @@ impl Action {
             Action::Transmit => (2, 0),
             Action::Redirect(ifindex) => (3, ifindex),
             Action::Receive(ifindex) => (4, ifindex),
+            Action::Peer(ifindex) => (5, ifindex),
         };
         opaque((ifindex as u64) << 32 | kind)
     }
@@ -44,7 +47,8 @@ impl Action {
             1 => Action::Drop,
             2 => Action::Transmit,
             3 => Action::Redirect(ifindex),
-            _ => Action::Receive(ifindex),
+            4 => Action::Receive(ifindex),
+            _ => Action::Peer(ifindex),
         }
     }
 }

@@ -27,7 +27,7 @@ mod xdp;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX};
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
-use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_peer};
 use aya_ebpf::macros::{classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use kernel::Kernel;
@@ -79,7 +79,7 @@ fn node<P: Form, const WHOLE: bool>(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn leave(action: Action) -> u32 {
     match action {
-        Action::Pass | Action::Receive(_) => XDP_PASS,
+        Action::Pass | Action::Receive(_) | Action::Peer(_) => XDP_PASS,
         Action::Drop => XDP_DROP,
         Action::Transmit => XDP_TX,
         Action::Redirect(ifindex) => match redirect(ifindex, 0) as u32 {
@@ -107,7 +107,12 @@ pub fn xdp_answer(ctx: XdpContext) -> u32 {
 /// metadata (net/core/filter.c, `bpf_unclone_prologue`; net/core/skbuff.c, `pskb_expand_head`).
 #[classifier]
 pub fn tc_uplink(ctx: TcContext) -> i32 {
-    match skb::SkbFrame::new(ctx.skb.skb).hand_over() {
+    let mut frame = skb::SkbFrame::new(ctx.skb.skb);
+    if let Some(ifindex) = frame.hand_over_to_peer() {
+        // SAFETY: no memory is passed.
+        return (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32;
+    }
+    match frame.hand_over() {
         // SAFETY: no memory is passed.
         Some(ifindex) => (unsafe { bpf_redirect(ifindex, BPF_F_INGRESS) }) as i32,
         None => TC_NEXT,
@@ -284,6 +289,8 @@ fn exit(action: Action) -> i32 {
         Action::Drop => TC_ACT_SHOT,
         Action::Redirect(ifindex) => redirect(ifindex, 0),
         Action::Receive(ifindex) => redirect(ifindex, BPF_F_INGRESS),
+        // SAFETY: no memory is passed.
+        Action::Peer(ifindex) => (unsafe { bpf_redirect_peer(ifindex, 0) }) as i32,
         Action::Transmit => TC_ACT_OK,
     }
 }

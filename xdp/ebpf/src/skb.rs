@@ -1,12 +1,12 @@
 //! A packet at a TC hook.
 
 use crate::maps::sl_jumptc_v1;
-use crate::xdp::{HAND_OVER_MAGIC, HandOver, sum_up};
+use crate::xdp::{HAND_OVER_MAGIC, HandOver, PEER_MAGIC, sum_up};
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_csum_update, bpf_skb_load_bytes};
 use aya_ebpf::helpers::{
     bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
-    bpf_skb_pull_data,
+    bpf_skb_change_type, bpf_skb_pull_data,
 };
 use aya_ebpf::programs::TcContext;
 use sluice_abi::{Hook, Lane};
@@ -18,6 +18,8 @@ use sluice_datapath::wire::{ETHERTYPE_IPV4, Ethernet, Vxlan};
 const BPF_F_PSEUDO_HDR: u64 = 1 << 4;
 /// `BPF_F_MARK_MANGLED_0`: a UDP checksum of zero means none (RFC 768).
 const BPF_F_MARK_MANGLED_0: u64 = 1 << 5;
+/// For this host (kernel include/uapi/linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
 /// Behind the IP header (kernel include/uapi/linux/bpf.h, `enum bpf_adj_room_mode`).
 const BPF_ADJ_ROOM_NET: u32 = 0;
 /// Behind the Ethernet header.
@@ -64,6 +66,21 @@ impl SkbFrame {
     /// The interface to which XDP handed this packet, if it did.
     #[inline(always)]
     pub fn hand_over(&self) -> Option<u32> {
+        self.note().filter(|note| note.magic == HAND_OVER_MAGIC).map(|note| note.ifindex)
+    }
+
+    /// The veth to whose other end XDP handed this packet, if it did; from now on the packet is for
+    /// whoever receives it, whatever its destination MAC.
+    #[inline(always)]
+    pub fn hand_over_to_peer(&mut self) -> Option<u32> {
+        let note = self.note().filter(|note| note.magic == PEER_MAGIC)?;
+        // SAFETY: the context is valid while the program runs.
+        let _changed = unsafe { bpf_skb_change_type(self.0, PACKET_HOST) };
+        Some(note.ifindex)
+    }
+
+    #[inline(always)]
+    fn note(&self) -> Option<HandOver> {
         // SAFETY: the context is valid while the program runs.
         let meta =
             unsafe { (&raw const (*self.0).data_meta).read_volatile() } as usize as *const u8;
@@ -71,8 +88,7 @@ impl SkbFrame {
             return None;
         }
         // SAFETY: `HandOver` lies between `data_meta` and `data`, as was just checked.
-        let mark = unsafe { meta.cast::<HandOver>().read() };
-        (mark.magic == HAND_OVER_MAGIC).then_some(mark.ifindex)
+        Some(unsafe { meta.cast::<HandOver>().read() })
     }
 
     /// Says to `tc_tunnel` that this packet was handed to its device: by the kernel's mark, which cannot
@@ -244,6 +260,10 @@ unsafe impl Frame for SkbFrame {
     }
     #[inline(always)]
     fn hand_over_mark(&mut self, _ifindex: u32) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn peer_mark(&mut self, _ifindex: u32) -> bool {
         false
     }
     #[inline(always)]

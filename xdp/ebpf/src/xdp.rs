@@ -23,6 +23,8 @@ pub struct HandOver {
 
 /// Tells our metadata from another program's. Metadata cannot come from the wire.
 pub const HAND_OVER_MAGIC: u32 = 0x736c_7563; // "sluc"
+/// The same: the packet is for the other end of the veth.
+pub const PEER_MAGIC: u32 = 0x736c_7570; // "slup"
 
 /// A frame at the XDP hook. Most lie in one buffer, and then their length is a difference of two
 /// pointers. Whether one does costs a helper call, which only the programs with `WHOLE` make for each
@@ -33,6 +35,26 @@ pub struct XdpFrame<const WHOLE: bool>(*mut xdp_md);
 const MOST_CHUNKS: u32 = 16_384 / SCRATCH_BYTES;
 
 impl<const WHOLE: bool> XdpFrame<WHOLE> {
+    /// Writes a note for TC in front of the packet.
+    #[inline(always)]
+    fn mark(&mut self, magic: u32, ifindex: u32) -> bool {
+        const LEN: usize = size_of::<HandOver>();
+        trap::count(Trap::AdjustMeta);
+        // SAFETY: the context is valid while the program runs.
+        if unsafe { bpf_xdp_adjust_meta(self.0, -(LEN as i32)) } != 0 {
+            return false;
+        }
+        // SAFETY: as in `start`.
+        let meta = unsafe { (&raw const (*self.0).data_meta).read_volatile() } as usize as *mut u8;
+        let data = self.start();
+        if meta.wrapping_add(LEN) > data {
+            return false;
+        }
+        // SAFETY: `meta..meta + LEN` lies in front of `data`, as was just checked.
+        unsafe { meta.cast::<HandOver>().write(HandOver { magic, ifindex }) };
+        true
+    }
+
     /// The frame of a program's context.
     #[inline(always)]
     pub fn new(ctx: *mut xdp_md) -> Self {
@@ -98,21 +120,11 @@ unsafe impl<const WHOLE: bool> Frame for XdpFrame<WHOLE> {
     }
     #[inline(always)]
     fn hand_over_mark(&mut self, ifindex: u32) -> bool {
-        const LEN: usize = size_of::<HandOver>();
-        trap::count(Trap::AdjustMeta);
-        // SAFETY: the context is valid while the program runs.
-        if unsafe { bpf_xdp_adjust_meta(self.0, -(LEN as i32)) } != 0 {
-            return false;
-        }
-        // SAFETY: as in `start`.
-        let meta = unsafe { (&raw const (*self.0).data_meta).read_volatile() } as usize as *mut u8;
-        let data = self.start();
-        if meta.wrapping_add(LEN) > data {
-            return false;
-        }
-        // SAFETY: `meta..meta + LEN` lies in front of `data`, as was just checked.
-        unsafe { meta.cast::<HandOver>().write(HandOver { magic: HAND_OVER_MAGIC, ifindex }) };
-        true
+        self.mark(HAND_OVER_MAGIC, ifindex)
+    }
+    #[inline(always)]
+    fn peer_mark(&mut self, ifindex: u32) -> bool {
+        self.mark(PEER_MAGIC, ifindex)
     }
     #[inline(always)]
     fn transport_checksum(&mut self, offset: usize, addresses: u16, ports: u16, udp: bool) -> bool {

@@ -95,6 +95,9 @@ pub struct PodFacts {
     /// Frames may be redirected to the host side (the pod's end was checked).
     #[serde(default)]
     pub redirect: bool,
+    /// Frames that may be redirected are handed to the pod's end by TC.
+    #[serde(default)]
+    pub peer: bool,
     /// The pod's own MAC.
     #[serde(with = "mac_text")]
     pub pod_mac: Mac,
@@ -109,7 +112,11 @@ pub struct PodFacts {
 impl PodFacts {
     /// The method of delivery.
     pub fn delivery(&self) -> Delivery {
-        if self.redirect { Delivery::Redirect } else { Delivery::Stack }
+        match (self.redirect, self.peer) {
+            (false, _) => Delivery::Stack,
+            (true, false) => Delivery::Redirect,
+            (true, true) => Delivery::Peer,
+        }
     }
 }
 

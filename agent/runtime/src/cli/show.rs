@@ -347,7 +347,8 @@ fn exit_words(exit: &Exit) -> String {
     if kind(ExitKind::Stack) {
         "stack".to_owned()
     } else if kind(ExitKind::Frame) {
-        format!("frame if{}", exit.index)
+        let by = if exit.index & Exit::PEER != 0 { "peer" } else { "frame" };
+        format!("{by} if{}", exit.index & !Exit::PEER)
     } else if kind(ExitKind::Tunnel) {
         format!("vtep #{}", exit.index)
     } else if kind(ExitKind::NextHop) {

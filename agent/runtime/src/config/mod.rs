@@ -247,6 +247,8 @@ pub enum DeliveryChoice {
     Stack,
     /// Straight into the pod's veth, where the pod's end can receive it.
     Redirect,
+    /// Handed to the pod's end by TC.
+    Peer,
 }
 
 /// `[snat]`.

@@ -113,6 +113,7 @@ impl Collector {
                 (DeliveryChoice::Stack, _) => Some("configured".to_owned()),
                 (_, None) => Some("not a veth".to_owned()),
                 (_, Some(PodEnd::Unknown(reason))) => Some(reason.clone()),
+                (DeliveryChoice::Peer, Some(_)) => None,
                 (_, Some(PodEnd::Deaf { reason, .. })) => Some(reason.clone()),
                 (DeliveryChoice::Auto, Some(PodEnd::Receives { .. })) => {
                     rules.clone().map(|r| format!("redirect would skip the host's netfilter: {r}"))
@@ -126,6 +127,7 @@ impl Collector {
                     pod.mtu = pod.mtu.min(mtu);
                 }
                 pod.redirect = refusal.is_none() && !pod.pod_mac.is_zero();
+                pod.peer = choice == DeliveryChoice::Peer;
             }
             if let Some(reason) = refusal {
                 facts.stack_reasons.insert(link.name.clone(), reason);
@@ -458,6 +460,7 @@ fn pods(
             PodFacts {
                 ifindex: link.ifindex,
                 redirect: false,
+                peer: false,
                 pod_mac: known.map(|(mac, _)| mac).unwrap_or_default(),
                 host_mac: link.mac,
                 mtu: link.mtu,
@@ -474,6 +477,7 @@ fn pods(
         context.pods.entry(neighbour.address).or_insert(PodFacts {
             ifindex: link.ifindex,
             redirect: false,
+            peer: false,
             pod_mac: neighbour.mac,
             host_mac: link.mac,
             mtu: link.mtu,
