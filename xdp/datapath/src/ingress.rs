@@ -218,7 +218,7 @@ pub(crate) fn peer<E: Env>(
     let index = env.forget(index.get());
     let vtep = env.vtep(index).ok_or(Reason::TableBroken)?;
     if !is_from(vtep, &packet.ip) {
-        return Err(Reason::InnerSource.into());
+        return Err(foreign(env, vtep, &packet.ip).into());
     }
     Ok(index)
 }
