@@ -5,9 +5,9 @@ use crate::trap;
 use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::{bpf_jiffies64, generated};
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet, Fragment, Frontend,
-    FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter, Settings, SnatSlot,
-    Trap, Tunnel, Vtep, VtepKey,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet,
+    Fragment, Frontend, FrontendKey, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
+    Settings, SnatSlot, Trap, Tunnel, Vtep, VtepKey,
 };
 use sluice_datapath::access::At;
 use sluice_datapath::decide::{self, Answer};

@@ -6,9 +6,9 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_spin_lock};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::btf_map;
 use sluice_abi::{
-    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet, Fragment, Frontend,
-    FrontendKey, Hook, JUMP_SLOTS, Near, NextHop, Pod, ReasonCounter, Scratch, ServiceCounter,
-    Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
+    Addr, AnswerCounter, AnswerKind, Backend, BackendCounter, Bucket, FloodCpu, FloodWord, FlowSet,
+    Fragment, Frontend, FrontendKey, Hook, JUMP_SLOTS, Near, NextHop, Pod, ReasonCounter, Scratch,
+    ServiceCounter, Settings, SnatSlot, Tunnel, Vtep, VtepKey, maps,
 };
 
 /// A `bpf_spin_lock` as the kernel's BTF wants it: a field of that type in the map's value.
