@@ -22,7 +22,6 @@ use sluice_datapath::tcp::{self, Segment};
 use sluice_datapath::verdict::Verdict;
 use sluice_datapath::{answer, icmp, ingress, tc};
 
-use crate::kernel::BY_PEER;
 use crate::world::{World, size};
 
 /// An array map.
@@ -105,6 +104,9 @@ pub struct Host {
     /// Whether the driver has room for a mark in front of frames.
     pub takes_metadata: Cell<bool>,
 }
+
+/// In a mark: not the interface receives, but the other end of its veth.
+pub const BY_PEER: u32 = 1 << 31;
 
 /// What became of one frame.
 #[derive(Clone, Debug)]

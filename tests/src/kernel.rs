@@ -13,6 +13,7 @@ use sluice_abi::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::host::BY_PEER;
 use crate::world::{World, size};
 
 /// The object that the agent loads.
@@ -75,8 +76,6 @@ impl Ran {
     }
 }
 
-/// In a mark: not the interface receives, but the other end of its veth.
-pub const BY_PEER: u32 = 1 << 31;
 /// First word of what XDP leaves for TC then: "slup".
 const PEER_MAGIC: u32 = 0x736c_7570;
 /// First word of what XDP leaves for TC: "sluc".

@@ -7,9 +7,9 @@ use sluice_abi::{Family, Hook};
 use sluice_datapath::verdict::Action;
 
 use crate::fixtures::Fixture;
+use crate::host::BY_PEER;
 use crate::host::Host;
 use crate::judge::Runner;
-use crate::kernel::BY_PEER;
 use crate::world::{VXLAN_PORT_V4, VXLAN_PORT_V6, dev};
 
 /// A fixture as a row of a table tells it.
